@@ -1,0 +1,97 @@
+"""Shared oracles and phantoms. Every geometric test runs in 2-D and 3-D, axis-aligned, flipped, permuted and oblique."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import DisplacementField, Image
+
+torch.set_flush_denormal(True)
+DATA = Path(os.environ.get("REGTOOL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("data") and not DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"the real images ({DATA}) are not here"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=[2, 3], ids=["2d", "3d"])
+def ndim(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(params=["aligned", "flipped", "permuted", "oblique"])
+def orientation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def direction(ndim: int, orientation: str, rng: np.random.Generator) -> np.ndarray:
+    if orientation == "flipped":
+        return np.diag([-1.0, 1.0, -1.0][:ndim])
+    if orientation == "permuted":
+        return np.roll(np.eye(ndim), 1, axis=0)
+    if orientation == "oblique":
+        q, r = np.linalg.qr(rng.standard_normal((ndim, ndim)))
+        return q * np.sign(np.diag(r))
+    return np.eye(ndim)
+
+
+def random_grid(ndim: int, orientation: str, seed: int, low: int = 9, high: int = 21) -> Grid:
+    rng = np.random.default_rng(seed)
+    size = tuple(int(n) for n in rng.integers(low, high, ndim))
+    spacing = tuple(rng.uniform(0.6, 3.0, ndim).tolist())
+    d = direction(ndim, orientation, rng)
+    centre = rng.uniform(-3, 3, ndim) + 100
+    origin = centre - d @ (np.array(spacing) * (np.array(size) - 1) / 2)
+    return Grid(size, spacing, tuple(origin.tolist()), tuple(d.ravel().tolist()))
+
+
+def random_image(grid: Grid, seed: int) -> Image:
+    rng = np.random.default_rng(seed)
+    return Image(torch.as_tensor(rng.standard_normal((1, *grid.shape)), dtype=torch.float32), grid)
+
+
+def smooth_field(grid: Grid, amplitude_mm: float, seed: int) -> DisplacementField:
+    """Analytic, a few sine waves across the grid."""
+    rng = np.random.default_rng(seed)
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij")[::-1], -1).astype(float)
+    points = grid.to_physical(index) - grid.centre
+    wave = 2 * np.pi / max(grid.extent)
+    u = [amplitude_mm * np.sin(points @ rng.uniform(-wave, wave, grid.ndim) + rng.uniform(0, 6)) for _ in range(grid.ndim)]
+    return DisplacementField(torch.as_tensor(np.stack(u), dtype=torch.float32), grid)
+
+
+def to_sitk(array: np.ndarray, grid: Grid, vector: bool = False) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array), isVector=vector)
+    image.SetSpacing(grid.spacing)
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    return image
+
+
+def sitk_field(field: DisplacementField) -> sitk.DisplacementFieldTransform:
+    array = np.moveaxis(field.data.numpy(), 0, -1).astype(np.float64)
+    return sitk.DisplacementFieldTransform(to_sitk(array, field.grid, vector=True))
+
+
+def blobs(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:
+    """A soft ball with an off-centre bump, array-axis coordinates."""
+    axes = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
+    distance = np.sqrt(sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True)))
+    bump = np.exp(-sum((a - c - radius / 2) ** 2 for a, c in zip(axes, centre, strict=True)) / (radius / 2) ** 2)
+    return (1 / (1 + np.exp(distance - radius)) + 0.5 * bump).astype(np.float32)
+
+
+def corners(grid: Grid) -> np.ndarray:
+    return np.array(list(itertools.product(*[(0, n - 1) for n in grid.size])))

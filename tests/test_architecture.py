@@ -1,0 +1,132 @@
+"""The blueprint of the house: imports only go down, and each dangerous thing lives in one place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "regtool"
+STOREYS = {
+    "errors": 0, "parameters": 0,
+    "geometry": 1,
+    "io": 2, "losses": 2, "networks": 2, "deformation": 2,
+    "data": 3, "metrics": 3, "report": 3,
+    "optimise": 4, "engines": 4,
+    "workflows": 5,
+    "cli": 6, "__init__": 6, "__main__": 6,
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {f: ast.parse(f.read_text(encoding="utf-8")) for f in FILES}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def users_of(package: str) -> set[str]:
+    return {str(f.relative_to(PACKAGE)) for f, tree in TREES.items() if any(n.split(".")[0] == package for n in imported(tree))}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_only_go_down(file: Path) -> None:
+    here = room(file)
+    assert here in STOREYS, f"{here} has no storey"
+    for name in imported(TREES[file]):
+        parts = name.split(".")
+        if parts[0] != "regtool" or len(parts) == 1:
+            continue
+        there = parts[1] if parts[1] in STOREYS else "__init__"
+        if here == "__init__" or there == here:
+            continue
+        assert STOREYS[there] < STOREYS[here], f"{file.relative_to(ROOT)} (storey {STOREYS[here]}) imports {name} (storey {STOREYS[there]})"
+
+
+def test_simpleitk_only_in_io() -> None:
+    assert {f.split("/")[0] for f in users_of("SimpleITK")} <= {"io"}
+
+
+def test_terminal_only_in_cli() -> None:
+    assert {f.split("/")[0] for f in users_of("typer") | users_of("rich")} <= {"cli"}
+    for file, tree in TREES.items():
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert not calls or room(file) == "cli", f"{file}: print outside cli"
+
+
+def test_matplotlib_and_jinja_only_in_report() -> None:
+    assert {f.split("/")[0] for f in users_of("matplotlib") | users_of("jinja2")} <= {"report"}
+
+
+def test_one_sampling_convention() -> None:
+    for file in FILES:
+        if file != PACKAGE / "geometry" / "sampling.py":
+            text = file.read_text(encoding="utf-8")
+            assert "grid_sample" not in text and "align_corners" not in text, file
+
+
+def test_dimension_is_compared_in_two_places_only() -> None:
+    allowed = {PACKAGE / "networks" / "blocks.py", PACKAGE / "geometry" / "grid.py"}
+    for file, tree in TREES.items():
+        if file in allowed:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                numbers = [n.value for s in sides for n in ast.walk(s) if isinstance(n, ast.Constant)]
+                text = ast.unparse(node)
+                asks = any(word in text for word in ("ndim", "dimension", "GetDimension", ".dim()", "len(size)", "len(shape)"))
+                assert not (asks and (2 in numbers or 3 in numbers)), f"{file.relative_to(ROOT)}:{node.lineno}: {text}"
+
+
+def test_nothing_is_unpickled() -> None:
+    for file, tree in TREES.items():
+        assert not {n.split(".")[0] for n in imported(tree)} & {"pickle", "dill", "joblib", "shelve"}, file
+        assert "torch.load(" not in file.read_text(encoding="utf-8") or "weights_only=True" in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize("module", ["regtool", "regtool.errors", "regtool.parameters", "regtool.engines", "regtool.cli.app"])
+def test_light_modules_stay_light(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'SimpleITK', 'matplotlib', 'h5py') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_files_are_short_and_documented(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 400, f"{len(lines)} lines"
+    tree = TREES[file]
+    if lines and file.name != "__init__.py":
+        assert ast.get_docstring(tree), "no module docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            assert node.end_lineno is not None
+            if isinstance(node, ast.FunctionDef) and room(file) != "cli":
+                assert node.end_lineno - node.lineno <= 70, f"{node.name} is too long"
+
+
+def test_ruff() -> None:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    done = subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types() -> None:
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
