@@ -48,29 +48,31 @@ def invert(transform: Transform, grid: Grid, iterations: int = 60, tolerance_mm:
     continued beyond its grid. Returns the inverse and its residual; iteration ends once every covered point is within `tolerance_mm`.
     """
     field = displacement_on(transform, transform.grid or grid)
-    u, source = field.data.double(), field.grid
-    to_index = torch.as_tensor(source.inverse_matrix.T.copy())
-    origin = torch.as_tensor(source.origin, dtype=torch.float64)
+    data = field.data.double()
+    to_index = torch.as_tensor(field.grid.inverse_matrix.T.copy())
+    origin = torch.as_tensor(field.grid.origin, dtype=torch.float64)
     out = torch.empty(grid.ndim, grid.voxels)
     worst, total, count = 0.0, 0.0, 0
     for part, y in grid_points(grid, stay(grid.ndim)):
-        v = torch.zeros_like(y)
-        step = torch.ones(len(y), 1, dtype=torch.float64)
-        last = torch.full((len(y), 1), torch.inf, dtype=torch.float64)
-        for iteration in range(iterations):
-            index = (y + v - origin) @ to_index
-            error = v + sample(u, index).T
+        v, residual = torch.zeros_like(y), torch.empty(len(y), dtype=torch.float64)
+        open_points = torch.arange(len(y))
+        step, last = torch.ones(len(y), 1, dtype=torch.float64), torch.full((len(y), 1), torch.inf, dtype=torch.float64)
+        for _ in range(iterations + 1):
+            error = v[open_points] + sample(data, ((y + v)[open_points] - origin) @ to_index).T
             size = error.norm(dim=1, keepdim=True)
-            known = inside(index, source.shape)
-            if iteration == iterations - 1 or not bool((size[known] > tolerance_mm).any()):
-                break
+            residual[open_points] = size[:, 0]
             step = torch.where(size > last, step / 2, step)
-            last = size
-            v = v - step * error
+            far = size[:, 0] > tolerance_mm
+            if not bool(far.any()):
+                break
+            open_points, step, last = open_points[far], step[far], size[far]
+            v[open_points] -= step * error[far]
+        else:
+            v[open_points] += step * error[far]  # the residual is that of the last point visited, not of the step after it
         out[:, part] = v.T.float()
-        if bool(known.any()):
-            left = size[known]
-            worst, total, count = max(worst, float(left.max())), total + float(left.sum()), count + len(left)
+        known = residual[inside((y + v - origin) @ to_index, field.grid.shape)]
+        if len(known):
+            worst, total, count = max(worst, float(known.max())), total + float(known.sum()), count + len(known)
     inverse = DisplacementField(out.reshape(-1, *grid.shape), grid)
     return inverse, Residual(total / max(count, 1), worst, 100 * count / grid.voxels)
 
@@ -81,18 +83,29 @@ def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
     `du/dx = (du/dvoxel) (R S)^-1`, central differences, one-sided at the border. (ITK's own filter leaves out the direction cosines R.)
     """
     grid = field.grid
-    inverse = torch.as_tensor(grid.inverse_matrix)
+    inverse = torch.as_tensor(grid.inverse_matrix, dtype=torch.float32)
     out = torch.empty(grid.shape)
     rows = max(1, SLAB_POINTS // max(1, grid.voxels // grid.shape[0]))
     for start in range(0, grid.shape[0], rows):
         stop = min(start + rows, grid.shape[0])
         low, high = max(start - 1, 0), min(stop + 1, grid.shape[0])
-        u = field.data[:, low:high].double()
+        u = field.data[:, low:high]
         by_axis = [_difference(u, axis + 1) for axis in reversed(range(grid.ndim))]  # x is the last array axis
-        gradient = torch.stack(by_axis, dim=-1)[:, start - low : stop - low]  # (D, rows, ..., D): component, voxel axis
-        jacobian = torch.eye(grid.ndim, dtype=torch.float64) + gradient.movedim(0, -2) @ inverse
-        out[start:stop] = torch.linalg.det(jacobian).float()
+        gradient = torch.stack(by_axis)[:, :, start - low : stop - low]  # (voxel axis, component, rows, ...)
+        jacobian = torch.tensordot(inverse, gradient, dims=([0], [0]))  # (physical axis, component, rows, ...)
+        for axis in range(grid.ndim):
+            jacobian[axis, axis] += 1
+        out[start:stop] = _determinant(jacobian)
     return out
+
+
+def _determinant(matrix: torch.Tensor) -> torch.Tensor:
+    """(n, n, ...) to (...) by expansion along the first row: for so small an n far faster than a factorisation for every voxel."""
+    if len(matrix) == 1:
+        return matrix[0, 0]
+    rest = matrix[1:]
+    minors = [_determinant(torch.cat([rest[:, :k], rest[:, k + 1 :]], dim=1)) for k in range(len(matrix))]
+    return sum(((-1) ** k * matrix[0, k] * minor for k, minor in enumerate(minors)), start=torch.zeros_like(minors[0]))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ class Grid:
     Raises GeometryError for another dimension than 2 or 3, an empty axis, spacing <= 0, or non-orthonormal directions.
     """
 
+    MAX_DIMENSION: ClassVar[int] = 3
+
     size: tuple[int, ...]
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
@@ -39,7 +42,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         ndim = len(self.size)
-        if ndim not in (2, 3):
+        if not 2 <= ndim <= self.MAX_DIMENSION:
             raise GeometryError(f"an image must be 2-D or 3-D, got {ndim}-D of size {self.size}")
         if (len(self.spacing), len(self.origin), len(self.direction)) != (ndim, ndim, ndim * ndim):
             raise GeometryError(f"size {self.size}, spacing {self.spacing}, origin {self.origin} and direction {self.direction} disagree")
@@ -123,6 +126,13 @@ class Grid:
         """(2^D, D) mm LPS, the outer corners (voxel edges)."""
         ends = [(-0.5, n - 0.5) for n in self.size]
         return self.to_physical(np.array(list(itertools.product(*ends))))
+
+    def overlap_percent(self, other: Grid, samples: int = 20) -> float:
+        """How much of this block of space lies inside `other`'s, percent, on a lattice of `samples` points an axis."""
+        lattice = self.resized(tuple(min(samples, n) for n in self.size))
+        axes = np.meshgrid(*[np.arange(n) for n in lattice.size], indexing="ij")
+        points = lattice.to_physical(np.stack(axes, -1).reshape(-1, self.ndim).astype(np.float64))
+        return 100 * float(other.contains(points).mean())
 
     def resized(self, size: Sequence[int]) -> Grid:
         """The same block of space, edge to edge, with other voxels. size: x, y[, z]."""

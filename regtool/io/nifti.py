@@ -1,0 +1,114 @@
+"""NIfTI-1 details: fast writing, and what ITK does not tell about a header.
+
+The header is ITK's own, taken from a tiny image of the same geometry, so forms, units and intent (1007 for vectors) are what ITK tools expect;
+the voxels go through isal, some twenty times faster than ITK's gzip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from isal import igzip_threaded
+
+from regtool.errors import InputError
+from regtool.geometry.grid import Grid
+
+DATA_OFFSET = 352
+BLOCK = 8 << 20
+
+
+def write(array: np.ndarray, grid: Grid, time: tuple[float, float] | None, path: Path, vector: bool) -> None:
+    """(C, *shape) array: C components of a vector image, or C time points, or one channel. `.nii` or `.nii.gz`."""
+    header = _header(array.dtype, len(array), grid, time, vector)
+    body = memoryview(np.ascontiguousarray(array)).cast("B")
+    if path.name.endswith(".gz"):
+        with igzip_threaded.open(path, "wb", compresslevel=1, threads=min(4, os.cpu_count() or 1), block_size=BLOCK) as f:
+            f.write(header)
+            for start in range(0, len(body), BLOCK):
+                f.write(body[start : start + BLOCK])
+    else:
+        with path.open("wb") as f:
+            f.write(header)
+            f.write(body)
+
+
+def _header(dtype: np.dtype, channels: int, grid: Grid, time: tuple[float, float] | None, vector: bool) -> bytes:
+    """The 352 bytes in front of the voxels."""
+    tiny = replace(grid, size=(2,) * grid.ndim)
+    shape = (*tiny.shape, channels) if vector else tiny.shape
+    image = sitk.GetImageFromArray(np.zeros(shape, dtype=dtype), isVector=vector)
+    image.SetSpacing(tiny.spacing)
+    image.SetOrigin(tiny.origin)
+    image.SetDirection(tiny.direction)
+    if time is not None:
+        image = sitk.JoinSeries([image, image], time[1], time[0])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "header.nii"
+        sitk.WriteImage(image, str(file))
+        header = bytearray(file.read_bytes()[:DATA_OFFSET])
+    struct.pack_into(f"<{grid.ndim}h", header, 42, *grid.size)
+    if time is not None:
+        struct.pack_into("<h", header, 42 + 2 * grid.ndim, channels)
+    return bytes(header)
+
+
+def directions(path: Path) -> tuple[float, ...]:
+    """The (3, 3) axis vectors of the s-form, row-major, as they stand in the header."""
+    header = _raw_header(path)
+    order = "<" if struct.unpack_from("<i", header)[0] == 348 else ">"
+    rows = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)
+    return tuple(rows[:, :3].ravel().tolist())
+
+
+def is_nifti2(path: Path) -> bool:
+    """Whether the header is NIfTI-2's, 540 bytes long."""
+    try:
+        header = _raw_header(path)
+    except InputError:
+        return False
+    return struct.unpack_from("<i", header)[0] == 540 or struct.unpack_from(">i", header)[0] == 540
+
+
+@contextlib.contextmanager
+def permissive() -> Iterator[None]:
+    """ITK takes the nearest rotation of a sheared s-form instead of refusing it."""
+    name = "ITK_NIFTI_SFORM_PERMISSIVE"
+    before = os.environ.get(name)
+    os.environ[name] = "YES"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def itk_reason(error: RuntimeError) -> str:
+    """The human part of an ITK exception: its last line without class, address and source position."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else "unknown reason"
+    for mark in ("ITK ERROR:", "sitk::ERROR:"):
+        last = last.rpartition(mark)[2].strip()
+    head, _, tail = last.partition("): ")
+    return (tail if "(0x" in head else last).strip() or "unknown reason"
+
+
+def _raw_header(path: Path) -> bytes:
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as f:
+            header = f.read(348)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: damaged file") from error
+    if len(header) < 348:
+        raise InputError(f"{path}: the file ends inside its header")
+    return header

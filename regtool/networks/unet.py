@@ -1,0 +1,52 @@
+"""The U-Net of VoxelMorph (Balakrishnan et al., CVPR 2018): strided convolutions down, repetition and skips up, the raw input as last skip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from regtool.networks.blocks import SameConv, activate, channels_last, double, small_head
+
+
+class UNet(nn.Module):
+    """(N, inputs, *shape) to (N, outputs, *shape), or (N, outputs, *shape / 2) with `half_resolution`. Every size must be a multiple of `multiple`.
+
+    encoder: channels after each stride-2 convolution. decoder: channels at the coarsest level, at each level up to half resolution, once more
+    there, then at full resolution (as many convolutions as numbers are left; none of them is made with `half_resolution`).
+    """
+
+    def __init__(
+        self, ndim: int, inputs: int, outputs: int, encoder: Sequence[int], decoder: Sequence[int], *, half_resolution: bool = False
+    ) -> None:
+        super().__init__()
+        levels = len(encoder)
+        self.multiple = 2**levels
+        self.half_resolution = half_resolution
+        coarse, half, full = decoder[:levels], decoder[levels], decoder[levels + 1 :]
+        # Registered in the order in which they run: published weights are read in by it.
+        self.down = nn.ModuleList(SameConv(ndim, i, o, stride=2) for i, o in zip((inputs, *encoder), encoder, strict=False))
+        self.bottom = SameConv(ndim, encoder[-1], coarse[0])
+        skips = encoder[-2::-1]
+        self.up = nn.ModuleList(SameConv(ndim, below + skip, o) for below, skip, o in zip(coarse, skips, coarse[1:], strict=False))
+        self.fine = SameConv(ndim, coarse[-1], half)
+        if half_resolution:
+            full = ()
+        self.full = nn.ModuleList(SameConv(ndim, i, o) for i, o in zip((half + inputs, *full), full, strict=False))
+        self.head = small_head(ndim, full[-1] if full else half, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, *shape) to (N, outputs, *shape) or half of it."""
+        raw = x = channels_last(x)
+        skips = []
+        for down in self.down:
+            x = activate(down(x))
+            skips.append(x)
+        x = activate(self.bottom(x))
+        for up, skip in zip(self.up, skips[-2::-1], strict=True):
+            x = activate(up(torch.cat([double(x), skip], dim=1)))
+        x = activate(self.fine(x))
+        for number, conv in enumerate(self.full):
+            x = activate(conv(torch.cat([double(x), raw], dim=1) if number == 0 else x))
+        return self.head(x)  # type: ignore[no-any-return]

@@ -1,0 +1,261 @@
+"""The parameter file: TOML, one section a storey, every field documented where it is declared. No torch in here.
+
+Precedence: defaults < file < `--set section.key=value`. `[engine]` stays raw here; the method's own `Parameters` validates it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from regtool.errors import ParameterError, did_you_mean
+
+FORMAT = 1
+
+
+class Section(BaseModel):
+    """A section of the file: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Grid(Section):
+    """The grid on which the network works; it covers the fixed image edge to edge."""
+
+    spacing_mm: float | None = Field(None, gt=0, description="voxel size in mm of the network grid; left out: the fixed image's own voxels")
+    max_voxels: int | None = Field(
+        None, ge=64, description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 400000 (without)"
+    )
+
+
+class Preprocess(Section):
+    """How intensities enter the network."""
+
+    intensity: Literal["percentile", "minmax", "none"] = Field(
+        "percentile", description="percentile: clip to `percentiles` of each image, scale to [0, 1]; minmax: scale to [0, 1]; none: as they are"
+    )
+    percentiles: tuple[float, float] = Field((0.0, 99.9), description="lower and upper percentile of each image")
+
+
+class Similarity(Section):
+    """What a good match is. Also what the guard and the report measure."""
+
+    name: Literal["lncc", "ncc", "mse"] = Field("lncc", description="lncc: squared local correlation; ncc: global correlation; mse: mean squared error")
+    window: int = Field(9, ge=3, description="voxels across the window of lncc, odd")
+    weight: float = Field(1.0, gt=0, description="factor of the similarity term")
+
+
+class Regularity(Section):
+    """How smooth the displacement must be."""
+
+    name: Literal["diffusion"] = Field("diffusion", description="diffusion: mean squared gradient of the displacement")
+    weight: float = Field(1.0, ge=0, description="factor of the regularity term")
+
+
+class Align(Section):
+    """Before the network."""
+
+    method: Literal["auto", "none", "center", "moments"] = Field(
+        "auto",
+        description="none; center: centre of the image on centre; moments: centre of mass on centre of mass; auto: whichever of them matches best",
+    )
+
+
+class Oneshot(Section):
+    """Learning on the pair itself, where no model is given (Ferrante 2018)."""
+
+    iterations: int = Field(300, ge=0, description="steps at most")
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    patience: int = Field(60, ge=1, description="stop after so many steps without a better loss")
+
+
+class Guard(Section):
+    """When a stage is rolled back."""
+
+    max_folding_percent: float = Field(1.0, ge=0, le=100, description="a stage whose field folds in more of its voxels is rolled back")
+
+
+class Quality(Section):
+    """Thresholds of the result; beyond one, the run ends with exit code 4."""
+
+    max_folding_percent: float | None = Field(1.0, ge=0, le=100, description="voxels whose Jacobian determinant is at or below zero")
+    min_similarity_gain: float | None = Field(None, description="similarity after minus before")
+    max_displacement_mm: float | None = Field(None, gt=0, description="largest displacement")
+    min_dice: float | None = Field(None, ge=0, le=1, description="mean Dice after, where labels are given")
+    max_tre_mm: float | None = Field(None, gt=0, description="mean target registration error after, where landmarks are given")
+
+
+class Run(Section):
+    """How the run is made."""
+
+    model: str | None = Field(None, description="model file or name; left out: learn on the pair")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
+    threads: int | None = Field(None, ge=1, description="CPU threads; left out: all cores")
+    seed: int = Field(0, ge=0, description="of every random number")
+    precision: Literal["float32", "bf16"] = Field("float32", description="of the network alone; bf16 is faster on CPUs and GPUs that have it")
+    max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid until the plan fits; left out: what the machine has free")
+    initial_transform: str | None = Field(None, description="transform file applied before everything else")
+    outside: float | None = Field(None, description="intensity outside the moving image; left out: its minimum")
+    format: Literal["nii.gz", "mha", "nrrd"] = Field("nii.gz", description="of the images written")
+    inverse: bool = Field(False, description="write the inverse displacement too")
+    qc: bool = Field(True, description="write qc.html and qc.png")
+    time: Literal["each", "one"] = Field("each", description="4-D moving image: a transform for each time point, or one for all from the mean")
+
+
+class Parameters(Section):
+    """A whole parameter file."""
+
+    format: Literal[1] = Field(1, description="version of this file format")
+    method: str = Field("voxelmorph", description="a registration method, see `regtool methods`")
+    run: Run = Run()
+    grid: Grid = Grid()
+    preprocess: Preprocess = Preprocess()
+    align: Align = Align()
+    engine: dict[str, Any] = Field({}, description="the method's own parameters, see `regtool parameters init METHOD`")
+    similarity: Similarity = Similarity()
+    regularity: Regularity = Regularity()
+    oneshot: Oneshot = Oneshot()
+    guard: Guard = Guard()
+    qc: Quality = Quality()
+
+
+MODEL_SECTIONS = ("method", "grid", "preprocess", "engine", "similarity", "regularity")  # what a model brings with it
+
+
+def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None) -> Parameters:
+    """`base` (what a model brings) < file < `section.key=value` overrides, validated.
+
+    Raises ParameterError naming file, line, key and the nearest known key; UsageError/InputError-like trouble with the file likewise.
+    """
+    tables: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    if path is not None:
+        tables, lines = _read(path)
+    values = _merged(copy.deepcopy(base or {}), tables)
+    for override in overrides:
+        _set(values, override)
+    try:
+        return Parameters.model_validate(values)
+    except ValidationError as error:
+        raise explained(error, Parameters, path, lines, overrides=overrides) from error
+
+
+def validated(schema: type[S], table: dict[str, Any], prefix: str, path: Path | None = None, overrides: tuple[str, ...] = ()) -> S:
+    """One raw table (`[engine]`) through its own schema, errors explained as for the rest of the file."""
+    try:
+        return schema.model_validate(table)
+    except ValidationError as error:
+        raise explained(error, schema, path, _read(path)[1] if path else {}, prefix, overrides) from error
+
+
+def explained(
+    error: ValidationError, schema: type[BaseModel], path: Path | None, lines: dict[str, int], prefix: str = "", overrides: tuple[str, ...] = ()
+) -> ParameterError:
+    """The first trouble as `vm.toml:5: engine.variatn: unknown parameter; did you mean 'variant'?`."""
+    trouble = error.errors()[0]
+    where = [str(p) for p in trouble["loc"] if not isinstance(p, int)]
+    key = ".".join([*([prefix] if prefix else []), *where])
+    by_override = next((o for o in overrides if o.split("=")[0].strip() == key), None)
+    if by_override is not None:
+        place = f"--set {by_override}"
+    else:
+        place = f"{path}:{lines[key]}" if path and key in lines else str(path) if path else "parameters"
+    if trouble["type"] == "extra_forbidden":
+        message = f"unknown parameter; {did_you_mean(where[-1], known_keys(schema, where[:-1]))}"
+    else:
+        message = f"{trouble['msg'][0].lower()}{trouble['msg'][1:]}, got {trouble['input']!r}"
+    more = len(error.errors()) - 1
+    return ParameterError(
+        f"{place}: {key}: {message}" + (f" (and {more} more)" if more else ""), tip="`regtool parameters init METHOD` prints every parameter with its meaning"
+    )
+
+
+def known_keys(schema: type[BaseModel], where: list[str]) -> list[str]:
+    """The keys of the section at `where`."""
+    for name in where:
+        inner = schema.model_fields[name].annotation if name in schema.model_fields else None
+        schema = next((t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)), schema)
+    return list(schema.model_fields)
+
+
+def dump(parameters: Parameters, opening: str, engine: Section | None = None, documented: bool = False) -> str:
+    """The whole file as TOML, `opening` as its first comment lines; with each field's meaning beside it where `documented`."""
+    import tomlkit
+
+    out = [*(f"# {line}" for line in opening.splitlines()), ""]
+
+    def rows(section: BaseModel) -> None:
+        for key, info in type(section).model_fields.items():
+            value = getattr(section, key)
+            if isinstance(value, BaseModel | dict):
+                continue
+            comment = f"  # {info.description}" if documented else ""
+            if value is None:
+                if documented:
+                    out.append(f"# {key} ={comment}")
+                continue
+            out.append(f"{key} = {tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()}{comment}")
+
+    rows(parameters)
+    for name in type(parameters).model_fields:
+        section = engine if name == "engine" else getattr(parameters, name)
+        if isinstance(section, BaseModel):
+            out += ["", f"[{name}]"]
+            rows(section)
+    return "\n".join(out) + "\n"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tables of a file, and the line of each `section.key`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError(f"cannot read the parameter file {path}: {getattr(error, 'strerror', None) or error}", tip="-p takes a TOML file") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)", str(error))
+        line = found.group(1) if found and found.group(1) else len(text.splitlines())
+        raise ParameterError(f"{path}:{line}: not valid TOML: {error}", tip="strings need quotes, sections look like [train]") from error
+    lines: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[([\w.\- ]+)\]", line):
+            section = header.group(1).strip()
+            lines[section] = number
+        elif key := re.match(r"\s*([\w\-.]+)\s*=", line):
+            lines[f"{section}.{key.group(1)}" if section else key.group(1)] = number
+    return tables, lines
+
+
+def _merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key, `high` winning."""
+    out = dict(low)
+    for key, value in high.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    """`section.key=value` into `values`; value in TOML notation, a bare word is a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ParameterError(f"--set {override}: expected section.key=value", tip="for example --set oneshot.iterations=100")
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ParameterError(f"--set {override}: {section} is no section")
+    values[name] = value
