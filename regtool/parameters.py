@@ -80,7 +80,8 @@ class Oneshot(Section):
 class Guard(Section):
     """When a stage is rolled back."""
 
-    max_folding_percent: float = Field(1.0, ge=0, le=100, description="a stage whose field folds in more of its voxels is rolled back")
+    repair_folds: bool = Field(True, description="relax a field where, and only where, it folds")
+    max_folding_percent: float = Field(1.0, ge=0, le=100, description="a stage whose field still folds in more of its voxels is rolled back")
 
 
 class Quality(Section):

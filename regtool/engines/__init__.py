@@ -1,0 +1,72 @@
+"""The methods. One file here is one method: its docstring's first line describes it, its `Parameters` is the `[engine]` section, its one
+subclass of `Engine` does the work. Nothing has to be registered anywhere. Files that start with `_` are no methods. No torch until `load`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regtool.errors import RegtoolError, UsageError, did_you_mean
+from regtool.parameters import Parameters, Section, validated
+
+if TYPE_CHECKING:
+    from regtool.engines._engine import Engine
+
+FOLDER = Path(__file__).parent
+LIGHT = ("typing", "pydantic", "regtool.parameters")  # modules that a `Parameters` class may use
+
+
+def names() -> list[str]:
+    """All methods, sorted."""
+    return sorted(file.stem for file in FOLDER.glob("*.py") if not file.stem.startswith("_"))
+
+
+def summary(name: str) -> str:
+    """First line of the method's docstring, without importing it. UsageError for an unknown name."""
+    return (ast.get_docstring(_tree(name)) or "").partition("\n")[0]
+
+
+@functools.cache
+def parameters_of(name: str) -> type[Section]:
+    """The method's `Parameters` (its `[engine]` section) without importing torch: only that class of the file is run, with its light imports.
+
+    Raises UsageError for an unknown name, RegtoolError where the file declares no such class.
+    """
+    tree = _tree(name)
+    wanted = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
+    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Parameters"]
+    if not found:
+        raise RegtoolError(f"method {name!r} declares no `class Parameters(Section)`")
+    space: dict[str, Any] = {"__name__": f"{__name__}.{name}"}
+    exec(compile(ast.Module([*wanted, *found], []), str(FOLDER / f"{name}.py"), "exec", dont_inherit=True), space)
+    schema: type[Section] = space["Parameters"]
+    return schema
+
+
+def load(name: str) -> type[Engine]:
+    """The method's engine class; imports torch. UsageError with the nearest name for an unknown one."""
+    _tree(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    base: type[Engine] = importlib.import_module(f"{__name__}._engine").Engine
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    engine: type[Engine] = next(c for c in classes if issubclass(c, base))
+    return engine
+
+
+def build(parameters: Parameters, ndim: int, channels: int = 1) -> Engine:
+    """An engine with fresh weights as a parameter file describes it. UsageError for an unknown method, ParameterError for a wrong `[engine]`."""
+    engine = load(parameters.method)
+    own = validated(importlib.import_module(engine.__module__).Parameters, parameters.engine, "engine")
+    return engine(own, parameters.similarity, parameters.regularity, ndim=ndim, channels=channels)
+
+
+@functools.cache
+def _tree(name: str) -> ast.Module:
+    if name not in names():
+        raise UsageError(f"unknown method {name!r}; {did_you_mean(name, names())}", tip="`regtool methods` lists them")
+    return ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))

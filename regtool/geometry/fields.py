@@ -95,16 +95,16 @@ def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
         jacobian = torch.tensordot(inverse, gradient, dims=([0], [0]))  # (physical axis, component, rows, ...)
         for axis in range(grid.ndim):
             jacobian[axis, axis] += 1
-        out[start:stop] = _determinant(jacobian)
+        out[start:stop] = determinant(jacobian)
     return out
 
 
-def _determinant(matrix: torch.Tensor) -> torch.Tensor:
-    """(n, n, ...) to (...) by expansion along the first row: for so small an n far faster than a factorisation for every voxel."""
+def determinant(matrix: torch.Tensor) -> torch.Tensor:
+    """(n, n, ...) matrices to (...) by expansion along the first row: for so small an n far faster than factorising every one."""
     if len(matrix) == 1:
         return matrix[0, 0]
     rest = matrix[1:]
-    minors = [_determinant(torch.cat([rest[:, :k], rest[:, k + 1 :]], dim=1)) for k in range(len(matrix))]
+    minors = [determinant(torch.cat([rest[:, :k], rest[:, k + 1 :]], dim=1)) for k in range(len(matrix))]
     return sum(((-1) ** k * matrix[0, k] * minor for k, minor in enumerate(minors)), start=torch.zeros_like(minors[0]))
 
 

@@ -52,9 +52,7 @@ class Grid:
         if not all(math.isfinite(x) for x in numbers):
             raise GeometryError(f"the header holds numbers that are not finite: spacing {self.spacing}, origin {self.origin}")
         if min(self.spacing) <= 0:
-            raise GeometryError(
-                f"voxel spacing must be above zero, got {self.spacing}", tip="correct the header, or let --fix-header replace it by its absolute value (1 mm for zero)"
-            )
+            raise GeometryError(f"voxel spacing must be above zero, got {self.spacing}", tip="correct the header")
         if not_orthonormal(self.direction) > ORTHONORMAL_TOLERANCE:
             raise GeometryError(
                 f"direction cosines are not orthonormal (off by {shear_degrees(self.direction):.3g} degrees)",

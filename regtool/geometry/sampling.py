@@ -140,8 +140,11 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
     rows = max(1, SLAB_POINTS // plane)
     to_mm = Affine(grid.matrix, np.array(grid.origin))
     first, rest = transform.parts[0], transform.parts[1:]
+    own = None
     if isinstance(first, Affine):
         to_mm = first.after(to_mm)  # one matrix product, and no rounding between the two
+    elif isinstance(first, DisplacementField) and first.grid.same_as(grid, tolerance=1e-6):
+        own = first.data.reshape(grid.ndim, -1)  # the field is known at these very points: nothing to interpolate
     else:
         rest = transform.parts
     like = torch.empty(0, dtype=dtype, device=_device(device))
@@ -150,9 +153,12 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
         index = identity((stop - start, *grid.shape[1:]), like).reshape(-1, grid.ndim)
         index[:, -1] += start
         x = _apply_affine(to_mm, index)
+        where = slice(start * plane, stop * plane)
+        if own is not None:
+            x = x + own[:, where].T.to(x)
         for part in rest:
             x = _apply(part, x)
-        yield slice(start * plane, stop * plane), x
+        yield where, x
 
 
 def stay(ndim: int) -> Transform:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,24 +121,42 @@ def from_sitk(image: sitk.Image, name: str = "image") -> Image:
     return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time)
 
 
+def image_to_sitk(image: Image) -> sitk.Image:
+    """In memory: scalar, vector where there are channels, 4-D where there is a time axis."""
+    return _to_sitk(image.data.numpy(), image.grid, image.time, vector=False)
+
+
+def displacement_to_sitk(field: DisplacementField) -> sitk.Image:
+    """In memory: a float32 vector image, mm LPS."""
+    return _to_sitk(field.data.numpy(), field.grid, None, vector=True)
+
+
+def field_transform(displacement: sitk.Image) -> sitk.Transform:
+    """The SimpleITK transform of a displacement image; the image itself stays."""
+    return sitk.DisplacementFieldTransform(sitk.Cast(displacement, sitk.sitkVectorFloat64))
+
+
 def _write(array: np.ndarray, grid: Grid, time: tuple[float, float] | None, path: Path, vector: bool = False) -> None:
     """(C, *shape) to a file."""
     check_writable(path)
-    vector = vector or (time is None and array.shape[0] > 1)
     with atomic(path) as temporary:
         if suffix_of(path) in (".nii", ".nii.gz"):
-            nifti.write(array, grid, time, temporary, vector)
+            nifti.write(array, grid, time, temporary, vector or (time is None and array.shape[0] > 1))
             return
-        if vector:
-            image = to_sitk(np.ascontiguousarray(np.moveaxis(array, 0, -1)), grid, vector=True)
-        elif time is not None:
-            image = sitk.JoinSeries([to_sitk(np.ascontiguousarray(frame), grid) for frame in array], time[1], time[0])
-        else:
-            image = to_sitk(np.ascontiguousarray(array[0]), grid)
+        image = _to_sitk(array, grid, time, vector)
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True, compressionLevel=1)
         except RuntimeError as error:
             raise OSError(0, nifti.itk_reason(error)) from error
+
+
+def _to_sitk(array: np.ndarray, grid: Grid, time: tuple[float, float] | None, vector: bool) -> sitk.Image:
+    """(C, *shape) as one SimpleITK image."""
+    if time is not None:
+        return sitk.JoinSeries([to_sitk(np.ascontiguousarray(frame), grid) for frame in array], time[1], time[0])
+    if vector or array.shape[0] > 1:
+        return to_sitk(np.ascontiguousarray(np.moveaxis(array, 0, -1)), grid, vector=True)
+    return to_sitk(np.ascontiguousarray(array[0]), grid)
 
 
 def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
@@ -147,6 +166,9 @@ def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
     require_file(path, "image")
     if suffix_of(path) in (".mgz", ".mgh"):
         return read_mgh(path), False
+    if suffix_of(path) in (".nii", ".nii.gz"):
+        nifti.check_whole(path)
+    _check_spacing(path, fix_header)
     try:
         return sitk.ReadImage(str(path)), False
     except RuntimeError as error:
@@ -160,14 +182,39 @@ def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
                 f"{path}: direction cosines are not orthonormal (off by {angle:.3g} degrees)", tip="--fix-header replaces them by the nearest rotation"
             ) from error
         if "spacing" in str(error).lower():
-            raise GeometryError(f"{path}: voxel spacing is zero or negative", tip="correct the spacing in the header; without it nothing is in mm") from error
+            raise GeometryError(f"{path}: voxel spacing is zero", tip="correct the spacing in the header; without it nothing is in mm") from error
         raise InputError(f"{path} cannot be read as an image: {nifti.itk_reason(error)}", tip=_tip(path)) from error
+
+
+def _check_spacing(path: Path, fix_header: bool) -> None:
+    """GeometryError for spacings that ITK would silently replace (zero in NIfTI) or read as a flipped axis (negative)."""
+    if suffix_of(path) in (".nii", ".nii.gz"):
+        found = nifti.spacings(path)
+    elif suffix_of(path) in (".mha", ".mhd"):
+        with path.open("rb") as f:
+            line = re.search(rb"^Element(?:Spacing|Size)\s*=\s*(.+)$", f.read(4096).split(b"ElementDataFile")[0], re.MULTILINE)
+        try:
+            found = tuple(float(x) for x in line.group(1).split()) if line else ()
+        except ValueError:
+            return  # ITK's reader explains what it does not understand
+    else:
+        return
+    if all(s > 0 for s in found):
+        return
+    if not fix_header:
+        raise GeometryError(
+            f"{path}: voxel spacing must be above zero, the header has {', '.join(f'{s:g}' for s in found)}",
+            tip="correct the header, or accept ITK's reading with --fix-header: zero is 1 mm, a negative one flips its axis",
+        )
+    log.warning("%s: spacing %s is not above zero; zero is taken as 1 mm, a negative one flips its axis", path, found)
 
 
 def _tip(path: Path) -> str:
     """What may be wrong with a file that no reader takes."""
     if suffix_of(path) not in SUFFIXES:
         return f"regtool reads {' '.join(SUFFIXES)} and DICOM folders"
+    if suffix_of(path) == ".hdr" and not path.with_suffix(".img").exists():
+        return f"its voxels, {path.with_suffix('.img').name}, are not beside it"
     if nifti.is_nifti2(path):
         return "this is NIfTI-2; convert it to NIfTI-1, for example with `mri_convert` or nibabel"
     return "the file is damaged or not what its name says; copy or export it again"
@@ -201,9 +248,6 @@ def _grid(image: sitk.Image, path: Path, fix_header: bool) -> Grid:
     spacing, direction = image.GetSpacing(), image.GetDirection()
     try:
         if fix_header:
-            if min(spacing) <= 0:
-                log.warning("%s: spacing %s is not above zero; its absolute value is taken (1 mm for zero)", path, spacing)
-                spacing = tuple(abs(s) or 1.0 for s in spacing)
             angle = shear_degrees(direction)
             if angle > 1e-3:
                 log.warning("%s: directions are off a rotation by %.3g degrees; replaced by the nearest one", path, angle)

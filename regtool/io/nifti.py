@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import os
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from isal import igzip_threaded
+from isal import igzip, igzip_threaded
 
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 
+HEADER = 348
 DATA_OFFSET = 352
 BLOCK = 8 << 20
 
@@ -64,9 +67,37 @@ def _header(dtype: np.dtype, channels: int, grid: Grid, time: tuple[float, float
 def directions(path: Path) -> tuple[float, ...]:
     """The (3, 3) axis vectors of the s-form, row-major, as they stand in the header."""
     header = _raw_header(path)
-    order = "<" if struct.unpack_from("<i", header)[0] == 348 else ">"
+    order = "<" if struct.unpack_from("<i", header)[0] == HEADER else ">"
     rows = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)
     return tuple(rows[:, :3].ravel().tolist())
+
+
+def spacings(path: Path) -> tuple[float, ...]:
+    """Voxel sizes as they stand in the header, of the axes with more than one voxel. (ITK reads a zero as 1 mm and says nothing.)"""
+    header = _raw_header(path)
+    order = "<" if struct.unpack_from("<i", header)[0] == HEADER else ">"
+    sizes = struct.unpack_from(f"{order}8h", header, 40)
+    steps = struct.unpack_from(f"{order}8f", header, 76)
+    return tuple(steps[axis] for axis in range(1, min(sizes[0], Grid.MAX_DIMENSION) + 1) if sizes[axis] > 1)
+
+
+def check_whole(path: Path) -> None:
+    """InputError for a file that ends too early or fails its checksum. (ITK reads zeros instead of what is missing and says nothing.)"""
+    try:
+        if path.name.lower().endswith(".gz"):
+            with igzip.open(path) as f:
+                found = sum(len(block) for block in iter(lambda: f.read(BLOCK), b""))
+        else:
+            found = path.stat().st_size
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path} is damaged: {str(error) or 'it ends too early'}", tip="copy or download it again") from error
+    header = _raw_header(path)
+    order = "<" if struct.unpack_from("<i", header)[0] == HEADER else ">"
+    ndim, *sizes = struct.unpack_from(f"{order}8h", header, 40)
+    bits, offset = struct.unpack_from(f"{order}h", header, 72)[0], struct.unpack_from(f"{order}f", header, 108)[0]
+    single = header[344:347] == b"n+1"  # else the voxels are in another file
+    if single and 0 < ndim <= 7 and found < offset + math.prod(max(n, 1) for n in sizes[:ndim]) * bits // 8:
+        raise InputError(f"{path} is damaged: it ends before its last voxel", tip="copy or download it again")
 
 
 def is_nifti2(path: Path) -> bool:
@@ -106,9 +137,9 @@ def itk_reason(error: RuntimeError) -> str:
 def _raw_header(path: Path) -> bytes:
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as f:
-            header = f.read(348)
+            header = f.read(HEADER)
     except (OSError, EOFError) as error:
         raise InputError(f"{path}: damaged file") from error
-    if len(header) < 348:
+    if len(header) < HEADER:
         raise InputError(f"{path}: the file ends inside its header")
     return header

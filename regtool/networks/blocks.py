@@ -13,6 +13,8 @@ CONV_TRANSPOSE: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] =
 AVERAGE_POOL: dict[int, type[nn.AvgPool2d] | type[nn.AvgPool3d]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOL: dict[int, type[nn.MaxPool2d] | type[nn.MaxPool3d]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 BATCH_NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {2: F.conv2d, 3: F.conv3d}
+CONVOLVE_TRANSPOSE: dict[int, Callable[..., torch.Tensor]] = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 SLOPE = 0.2  # of every leaky ReLU
@@ -28,16 +30,35 @@ class SameConv(nn.Module):
     def __init__(self, ndim: int, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.stride = stride
-        self.conv = CONV[ndim](inputs, outputs, 3, stride=stride, padding=1 if stride == 1 else 0)
-        nn.init.kaiming_normal_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *[3] * ndim))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.kaiming_normal_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, inputs, *shape) to (N, outputs, *ceil(shape / stride))."""
+        padding = 1
         if self.stride > 1:
             total = [max((-(-n // self.stride) - 1) * self.stride + 3 - n, 0) for n in x.shape[2:]]
-            x = F.pad(x, [side for n in reversed(total) for side in (n // 2, n - n // 2)])
-        return self.conv(x)  # type: ignore[no-any-return]
+            x, padding = F.pad(x, [side for n in reversed(total) for side in (n // 2, n - n // 2)]), 0
+        return CONVOLVE[x.dim() - 2](x, self.weight, self.bias, stride=self.stride, padding=padding)
+
+
+class UpConv(SameConv):
+    """`SameConv(cat([double(below), skip]))` without making either: the same numbers in a third of the time and memory.
+
+    A kernel of 3 over repeated voxels sees each coarse voxel once or twice, so its weights add up: along every axis it equals a transposed
+    convolution of stride 2 whose kernel of 4 is (w2, w1 + w2, w0 + w1, w0), 8 products a voxel instead of 27.
+    """
+
+    def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """below: (N, B, *shape), skip: (N, inputs - B, *2 shape). Returns (N, outputs, *2 shape)."""
+        ndim, coarse = below.dim() - 2, below.shape[1]
+        kernel = self.weight[:, :coarse]
+        for axis in range(2, ndim + 2):
+            w0, w1, w2 = kernel.unbind(axis)
+            kernel = torch.stack([w2, w1 + w2, w0 + w1, w0], dim=axis)
+        fine = CONVOLVE[ndim](skip, self.weight[:, coarse:], self.bias, padding=1)
+        return CONVOLVE_TRANSPOSE[ndim](below, kernel.transpose(0, 1), stride=2, padding=1).add_(fine)
 
 
 def activate(x: torch.Tensor) -> torch.Tensor:
@@ -69,11 +90,13 @@ def at_multiple(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 
 def cropped(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(N, C, *larger) to (N, C, *shape), the near ends kept."""
-    return x[(..., *[slice(n) for n in shape])]
+    for axis, n in enumerate(shape, start=2):
+        x = x.narrow(axis, 0, n)
+    return x
 
 
 def small_head(ndim: int, inputs: int, outputs: int) -> SameConv:
     """The last convolution: weights N(0, 1e-5) and zero biases, so that an untrained network hardly moves anything."""
     head = SameConv(ndim, inputs, outputs)
-    nn.init.normal_(head.conv.weight, std=1e-5)
+    nn.init.normal_(head.weight, std=1e-5)
     return head

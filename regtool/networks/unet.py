@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-from regtool.networks.blocks import SameConv, activate, channels_last, double, small_head
+from regtool.networks.blocks import SameConv, UpConv, activate, channels_last, small_head
 
 
 class UNet(nn.Module):
@@ -29,12 +30,11 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(SameConv(ndim, i, o, stride=2) for i, o in zip((inputs, *encoder), encoder, strict=False))
         self.bottom = SameConv(ndim, encoder[-1], coarse[0])
         skips = encoder[-2::-1]
-        self.up = nn.ModuleList(SameConv(ndim, below + skip, o) for below, skip, o in zip(coarse, skips, coarse[1:], strict=False))
+        self.up = nn.ModuleList(UpConv(ndim, below + skip, o) for below, skip, o in zip(coarse, skips, coarse[1:], strict=False))
         self.fine = SameConv(ndim, coarse[-1], half)
-        if half_resolution:
-            full = ()
-        self.full = nn.ModuleList(SameConv(ndim, i, o) for i, o in zip((half + inputs, *full), full, strict=False))
-        self.head = small_head(ndim, full[-1] if full else half, outputs)
+        self.last_up = None if half_resolution else UpConv(ndim, half + inputs, full[0])
+        self.full = nn.ModuleList(SameConv(ndim, i, o) for i, o in pairwise(() if half_resolution else full))
+        self.head = small_head(ndim, half if half_resolution else full[-1], outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, inputs, *shape) to (N, outputs, *shape) or half of it."""
@@ -45,8 +45,10 @@ class UNet(nn.Module):
             skips.append(x)
         x = activate(self.bottom(x))
         for up, skip in zip(self.up, skips[-2::-1], strict=True):
-            x = activate(up(torch.cat([double(x), skip], dim=1)))
+            x = activate(up(x, skip))
         x = activate(self.fine(x))
-        for number, conv in enumerate(self.full):
-            x = activate(conv(torch.cat([double(x), raw], dim=1) if number == 0 else x))
+        if self.last_up is not None:
+            x = activate(self.last_up(x, raw))
+        for conv in self.full:
+            x = activate(conv(x))
         return self.head(x)  # type: ignore[no-any-return]

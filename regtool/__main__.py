@@ -1,0 +1,5 @@
+"""`python -m regtool`."""
+
+from regtool.cli.app import main
+
+main()

@@ -1,0 +1,99 @@
+"""The command line: one file a verb, and one error boundary around them all."""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()
+
+import signal  # noqa: E402
+import sys  # noqa: E402
+from types import FrameType  # noqa: E402
+
+import typer  # noqa: E402
+from rich.markup import escape  # noqa: E402
+
+from regtool.cli import doctor, jacobian, methods, models, parameters, register, transform, warp  # noqa: E402
+from regtool.cli.console import stderr  # noqa: E402
+from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, RegtoolError  # noqa: E402
+
+DEBUG = "--debug"
+
+app = typer.Typer(
+    name="regtool",
+    help="Deformable registration of medical images. `regtool register FIXED MOVING` is all it takes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 usage or parameters, 3 bad input, 4 done but quality control failed, 5 out of memory, 130 interrupted, "
+    "143 terminated. Results go to stdout, progress and logs to stderr. `--debug` after any command shows the traceback of an error.",
+)
+app.command()(register.register)
+app.command()(warp.warp)
+app.command()(jacobian.jacobian)
+app.add_typer(transform.app, name="transform")
+app.add_typer(models.app, name="models")
+app.command()(methods.methods)
+app.add_typer(parameters.app, name="parameters")
+app.command()(doctor.doctor)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwinds like an interrupt, so that half-written files are removed."""
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("regtool"))
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits with its code. Every expected failure is one line and a tip; a traceback only with --debug."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = DEBUG in arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app([a for a in arguments if a != DEBUG], standalone_mode=False, prog_name="regtool")
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:
+        if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
+            sys.exit(2)
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "regtool"
+        _fail(error.format_message(), f"`{path} --help` lists what it takes")
+        sys.exit(2)
+    except RegtoolError as error:
+        if debug:
+            stderr.print_exception()
+        _fail(error.what, error.tip)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing half-written is left", None)
+        sys.exit(EXIT_INTERRUPTED)
+    except Terminated:
+        _fail("terminated; nothing half-written is left", None)
+        sys.exit(EXIT_TERMINATED)
+    except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            stderr.print_exception()
+        _fail(f"{type(error).__name__}: {error}", "this is a bug in regtool; run again with --debug and report what it prints")
+        sys.exit(1)
+
+
+def _fail(what: str, tip: str | None) -> None:
+    stderr.print(f"[bold red]error:[/bold red] {escape(what)}")
+    if tip:
+        stderr.print(f"[bold]tip:[/bold] {escape(tip)}")
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    raise Terminated

@@ -1,0 +1,75 @@
+"""The two streams: results on stdout, progress and logs on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) -> None:
+    """The result of a verb on stdout: one JSON object, or a short table of two columns."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    rows = Table(show_header=False, box=None, pad_edge=False)
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for name, value in table:
+        rows.add_row(escape(name), escape(value))
+    out = Console(highlight=False)
+    out.print(rows, crop=False, soft_wrap=not sys.stdout.isatty())
+
+
+def logs(verbosity: int) -> None:
+    """regtool's log on stderr: -1 errors only, 0 warnings, 1 what happens, 2 everything."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            style = "yellow" if record.levelno >= logging.WARNING else "dim"
+            stderr.print(f"[{style}]{record.levelname.lower()}:[/{style}] {escape(record.getMessage())}")
+
+    log = logging.getLogger("regtool")
+    log.handlers = [h for h in log.handlers if type(h).__name__ != "Handler"]
+    log.addHandler(Handler())
+    log.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG))
+    for handler in log.handlers:
+        handler.setLevel(log.level)
+    log.propagate = False
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, int, int, float], None] | None]:
+    """A bar with loss and time left on a terminal, a line every tenth elsewhere, nothing when quiet."""
+    if quiet:
+        yield None
+        return
+    if not stderr.is_terminal:
+
+        def line(what: str, step: int, steps: int, loss: float) -> None:
+            if step == 1 or step % max(1, steps // 10) == 0:
+                stderr.print(f"{what}: step {step} of {steps}, loss {loss:.4f}")
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, step: int, steps: int, loss: float) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=steps, loss=loss)
+            bar.update(tasks[what], completed=step, loss=loss)
+
+        yield update

@@ -1,0 +1,30 @@
+"""`regtool doctor FIXED MOVING`."""
+
+from __future__ import annotations
+
+import typer
+
+from regtool.cli.console import emit
+from regtool.cli.options import Fixed, FixedOption, Json, Moving, MovingOption, pair
+
+
+def doctor(
+    fixed: Fixed = None,
+    moving: Moving = None,
+    fixed_option: FixedOption = None,
+    moving_option: MovingOption = None,
+    as_json: Json = False,
+) -> None:
+    """Look at a pair before registering it: geometry, intensities, overlap, what is wrong with it, and the command to run.
+
+    Answers for broken headers too; exit code 3 only where an image cannot be read at all.
+
+    `regtool doctor fixed.nii.gz moving.nii.gz`
+    """
+    from regtool.errors import InputError
+    from regtool.workflows.doctor import doctor as examine
+
+    found = examine(*pair(fixed, moving, fixed_option, moving_option))
+    emit(found.as_dict(), found.table(), as_json)
+    if found.unreadable:
+        raise typer.Exit(InputError.exit_code)

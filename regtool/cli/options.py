@@ -1,0 +1,47 @@
+"""Option types that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+IMAGES, METHOD, OUTPUT, EXTRA, RUN = "Images", "Method", "Output", "Evaluation", "Run"
+
+Fixed = Annotated[Path | None, typer.Argument(help="The image that stays: a file, or a folder with a DICOM series.", show_default=False)]
+Moving = Annotated[Path | None, typer.Argument(help="The image that is brought onto it.", show_default=False)]
+FixedOption = Annotated[Path | None, typer.Option("--fixed", "-f", help="The same as FIXED.", rich_help_panel=IMAGES, show_default=False)]
+MovingOption = Annotated[Path | None, typer.Option("--moving", help="The same as MOVING.", rich_help_panel=IMAGES, show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of the table.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.", rich_help_panel=OUTPUT)]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More on stderr; twice for everything.", rich_help_panel=OUTPUT)]
+FixHeader = Annotated[
+    bool,
+    typer.Option("--fix-header", help="Repair directions that are no rotation and spacings at or below zero, and say so.", rich_help_panel=IMAGES),
+]
+ParameterFile = Annotated[
+    Path | None, typer.Option("--parameters", "-p", metavar="FILE.toml", help="Parameter file.", rich_help_panel=METHOD, show_default=False)
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One parameter; may be repeated.", rich_help_panel=METHOD, show_default=False),
+]
+
+
+def pair(fixed: Path | None, moving: Path | None, fixed_option: Path | None, moving_option: Path | None) -> tuple[Path, Path]:
+    """FIXED MOVING, or --fixed and --moving; UsageError where one is missing or named twice."""
+    from regtool.errors import UsageError
+
+    if fixed_option is not None and moving is None and fixed is not None and moving_option is None:
+        fixed, moving = None, fixed  # `--fixed F M`
+    for name, one, other in (("fixed", fixed, fixed_option), ("moving", moving, moving_option)):
+        if one is not None and other is not None:
+            raise UsageError(f"the {name} image is named twice: {one} and {other}", tip="name it once")
+        if one is None and other is None:
+            raise UsageError(f"the {name} image is missing", tip="regtool register FIXED MOVING")
+    a, b = fixed or fixed_option, moving or moving_option
+    assert a is not None
+    assert b is not None
+    return a, b

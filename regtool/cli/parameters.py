@@ -1,0 +1,48 @@
+"""`regtool parameters init|check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regtool.cli.console import emit
+from regtool.cli.options import Json, Overwrite, Set
+
+app = typer.Typer(help="Parameter files: print one with every field explained, or check one.", no_args_is_help=True)
+
+
+@app.command()
+def init(
+    method: Annotated[str, typer.Argument(help="A registration method, see `regtool methods`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Left out: stdout.", show_default=False)] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Print a complete parameter file of METHOD, each field with its meaning and default."""
+    from regtool.engines import parameters_of
+    from regtool.io.files import refuse_existing, write_text
+    from regtool.parameters import Parameters, dump
+
+    engine = parameters_of(method)()
+    name = output.name if output else "FILE.toml"
+    opening = f"Register:  regtool register FIXED MOVING -p {name}\nCheck:     regtool parameters check {name}"
+    text = dump(Parameters(method=method), opening, engine, documented=True)
+    if output is None:
+        print(text, end="")
+        return
+    refuse_existing([output], overwrite)
+    write_text(output, text)
+    emit({"output": str(output)}, [("written to", str(output))], False)
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="A parameter file.")], overrides: Set = None, as_json: Json = False) -> None:
+    """Check FILE without running anything: unknown keys, wrong types and values are named with their line."""
+    from regtool.engines import parameters_of
+    from regtool.parameters import load, validated
+
+    parameters = load(file, tuple(overrides or ()))
+    engine = validated(parameters_of(parameters.method), parameters.engine, "engine", file, tuple(overrides or ()))
+    found = parameters.model_copy(update={"engine": engine.model_dump()}).model_dump(mode="json")
+    emit({"file": str(file), "valid": True, "parameters": found}, [(str(file), f"valid, method {parameters.method}")], as_json)

@@ -1,0 +1,112 @@
+"""`regtool warp`: apply a transform to images, label maps, points and meshes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from regtool.cli.console import emit, logs
+from regtool.cli.options import OUTPUT, RUN, FixHeader, Json, Overwrite, Quiet, Verbose
+
+Transforms = Annotated[
+    list[Path],
+    typer.Option(
+        "--transform",
+        "-t",
+        metavar="FILE",
+        help="From fixed to moving: ITK (.h5 .tfm .txt .mat .xfm), ANTs, elastix' TransformParameters.txt, a displacement field, or a folder that "
+        "`register` wrote. May be repeated, in the order points travel from fixed to moving: the order of `antsApplyTransforms -t`.",
+        show_default=False,
+    ),
+]
+
+
+def warp(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MOVING...", help="Images or label maps; or points (.csv .txt .fcsv .mrk.json) and meshes (.vtk .stl).", show_default=False
+        ),
+    ],
+    transform: Transforms,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; for several inputs a folder.", rich_help_panel=OUTPUT, show_default=False)
+    ],
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like", metavar="FIXED", help="Image whose grid the result gets; with --space voxel the one that points count in.", show_default=False
+        ),
+    ] = None,
+    interpolation: Annotated[
+        Literal["linear", "nearest", "label", "bspline"],
+        typer.Option("--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`."),
+    ] = "linear",
+    outside: Annotated[
+        float | None,
+        typer.Option("--outside", help="Value beyond the moving image. Left out: its minimum; 0 for label maps.", show_default=False),
+    ] = None,
+    start: Annotated[
+        Literal["fixed", "moving"],
+        typer.Option("--from", help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse."),
+    ] = "fixed",
+    space: Annotated[
+        Literal["lps", "ras", "voxel"], typer.Option("--space", help="Points: what the numbers are, where the file does not say itself.")
+    ] = "lps",
+    output_like: Annotated[
+        Path | None,
+        typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
+    ] = None,
+    fix_header: FixHeader = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="CPU threads; left out: all cores.", rich_help_panel=RUN, show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Apply a transform to images and label maps (2-D, 3-D, 4-D frame by frame), to points and to meshes.
+
+    `regtool warp moving.nii.gz -t result/ --like fixed.nii.gz -o warped.nii.gz`
+
+    `regtool warp labels.nii.gz -t out1Warp.nii.gz -t out0GenericAffine.mat --like fixed.nii.gz --interpolation label -o warped_labels.nii.gz`
+
+    `regtool warp landmarks.csv -t result/ -o in_moving.csv`
+
+    `regtool warp liver.vtk -t result/ --from moving -o in_fixed.vtk`
+    """
+    from regtool.errors import UsageError
+    from regtool.io.points import is_point_file
+    from regtool.workflows.runtime import configure, pick_device
+    from regtool.workflows.warp import warp_images, warp_points
+
+    logs(-1 if quiet else verbose)
+    points = [is_point_file(p) for p in inputs]
+    if any(points) and not all(points):
+        raise UsageError("images and points cannot be warped in one call", tip="call `regtool warp` once for each kind")
+    configure(threads, seed=0)
+    result: dict[str, Any]
+    if all(points):
+        moved = warp_points(inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=overwrite)
+        result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": start}
+        table = [("points", f"{sum(moved.counts)} from {start} space")]
+        if moved.residual_mm is not None:
+            result["residual_mm"] = dict(zip(("mean", "max"), moved.residual_mm, strict=True))
+            table.append(("inverse residual", f"{moved.residual_mm[0]:.2g} mm mean, {moved.residual_mm[1]:.2g} mm largest"))
+        outputs, seconds = moved.outputs, moved.seconds
+    else:
+        if like is None:
+            raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
+        warped = warp_images(
+            inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=overwrite, fix_header=fix_header,
+            device=pick_device(device),
+        )  # fmt: skip
+        result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
+        table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]
+        outputs, seconds = warped.outputs, warped.seconds
+    table += [("written to", str(p)) for p in outputs]
+    emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], as_json)

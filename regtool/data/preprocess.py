@@ -1,0 +1,85 @@
+"""From an image of any geometry and range to the tensor a network sees."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import Image, Transform
+from regtool.geometry.sampling import warp
+from regtool.parameters import Grid as GridParameters
+from regtool.parameters import Preprocess
+
+QUANTILE_SAMPLES = 1_000_000
+
+
+def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None = None) -> Grid:
+    """The grid the network works on: the fixed image's block of space at the wanted spacing, its finest axes coarsened to `max_voxels`."""
+    spacing = np.array(fixed.spacing)
+    if parameters.spacing_mm is not None:
+        spacing = np.full(fixed.ndim, parameters.spacing_mm)
+    limits = [n for n in (parameters.max_voxels, max_voxels) if n is not None]
+    size = _size(fixed, spacing)
+    if limits and size.prod() > min(limits):
+        low, high = float(spacing.min()), float(max(fixed.extent))
+        for _ in range(60):  # bisection for the smallest spacing that fits
+            middle = (low + high) / 2
+            fits = _size(fixed, np.maximum(spacing, middle)).prod() <= min(limits)
+            low, high = (low, middle) if fits else (middle, high)
+        size = _size(fixed, np.maximum(spacing, high))
+    return fixed if tuple(size.tolist()) == fixed.size else fixed.resized(tuple(size.tolist()))
+
+
+def normalised(image: Image, parameters: Preprocess) -> Image:
+    """Intensities scaled as the parameters say; channels are averaged to one."""
+    data = image.data.mean(dim=0, keepdim=True)
+    if parameters.intensity == "none":
+        return Image(data, image.grid)
+    low, high = (0.0, 100.0) if parameters.intensity == "minmax" else parameters.percentiles
+    flat = data.flatten()
+    sample = flat[:: max(1, len(flat) // QUANTILE_SAMPLES)].double().numpy() if 0 < low or high < 100 else flat.numpy()
+    bottom, top = (float(v) for v in np.percentile(sample, [low, high]))
+    if top <= bottom:  # nearly all background: the percentiles say nothing
+        bottom, top = float(flat.min()), float(flat.max())
+    return Image(((data - bottom) / max(top - bottom, 1e-12)).clamp(0, 1), image.grid)
+
+
+def to_network(image: Image, transform: Transform, grid: Grid, parameters: Preprocess) -> torch.Tensor:
+    """(1, 1, *grid.shape): the image through `transform` onto the network grid, scaled, and smoothed first where the grid is coarser."""
+    scaled = normalised(image, parameters)
+    smooth = antialiased(scaled, grid)
+    if len(transform.parts) == 1 and image.grid.same_as(grid, tolerance=1e-6) and _stays(transform):
+        return smooth.data[None]
+    return warp(smooth, transform, grid).data[None]
+
+
+def antialiased(image: Image, grid: Grid) -> Image:
+    """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = 0.18 (ratio^2 - 1) voxels."""
+    directions = image.grid.rotation.T @ grid.rotation  # moving axes in terms of the grid's axes
+    reach = 1 / np.sqrt(((directions / np.array(grid.spacing)) ** 2).sum(axis=1))  # grid spacing along each image axis
+    data = image.data
+    for component, ratio in enumerate(reach / np.array(image.grid.spacing)):
+        if ratio > 1.2:
+            data = _blurred(data, data.dim() - 1 - component, float(np.sqrt(0.18 * (ratio**2 - 1))))
+    return Image(data, image.grid)
+
+
+def _blurred(data: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:
+    """Gaussian along one axis, the border continued."""
+    radius = max(1, int(np.ceil(3 * sigma)))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=data.dtype) / sigma) ** 2)
+    rows = data.movedim(axis, -1)
+    padded = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="replicate")
+    return F.conv1d(padded, (kernel / kernel.sum()).reshape(1, 1, -1)).reshape(rows.shape).movedim(-1, axis).contiguous()
+
+
+def _size(fixed: Grid, spacing: np.ndarray) -> np.ndarray:
+    """Voxels along each axis at `spacing`; the fixed image's own count where spacing is its own."""
+    return np.maximum(np.ceil(np.array(fixed.extent) / spacing - 1e-3), 1).astype(int)
+
+
+def _stays(transform: Transform) -> bool:
+    part = transform.parts[0]
+    return hasattr(part, "matrix") and np.array_equal(part.matrix, np.eye(part.ndim)) and not part.translation.any()

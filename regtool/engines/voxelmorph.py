@@ -1,0 +1,51 @@
+"""VoxelMorph: a U-Net from the two images to a dense displacement (Balakrishnan et al., CVPR 2018), or to a velocity (Dalca et al., MICCAI 2018).
+
+The published network to the last weight: moving and fixed image in, in that order; displacement in voxels out. With `integration_steps` above
+zero the same network stops at half resolution and its output is a stationary velocity field, so that the result does not fold.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from regtool.deformation.dense import dense
+from regtool.deformation.velocity import velocity
+from regtool.engines._engine import Engine
+from regtool.networks.blocks import at_multiple
+from regtool.networks.unet import UNet
+from regtool.parameters import Regularity, Section, Similarity
+
+ENCODER = (16, 32, 32, 32)
+DECODER = {"vm1": (32, 32, 32, 32, 8, 8), "vm2": (32, 32, 32, 32, 32, 16, 16)}
+
+
+class Parameters(Section):
+    """The `[engine]` section of voxelmorph."""
+
+    variant: Literal["vm1", "vm2"] = Field("vm2", description="the paper's VoxelMorph-1 (half the time) or VoxelMorph-2 (slightly more accurate)")
+    integration_steps: int = Field(
+        0,
+        ge=0,
+        le=12,
+        description="0: the output is the displacement, as published; 7: a velocity at half resolution, squared so often: no folds",
+    )
+
+
+class VoxelMorph(Engine):
+    """Balakrishnan et al., CVPR 2018; loss: -similarity + weight * diffusion, weight 1.0 (vm1) or 1.5 (vm2) with LNCC, 0.01 with MSE."""
+
+    def __init__(self, parameters: Parameters, similarity: Similarity, regularity: Regularity, *, ndim: int, channels: int = 1) -> None:
+        super().__init__(parameters, similarity, regularity, ndim=ndim, channels=channels)
+        self.integration_steps = parameters.integration_steps
+        self.network = UNet(ndim, 2 * channels, ndim, ENCODER, DECODER[parameters.variant], half_resolution=self.integration_steps > 0)
+
+    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """(N, C, *shape) twice to (N, D, *shape) voxels."""
+        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.network.multiple).contiguous()
+
+    def _deform(self, images: torch.Tensor) -> torch.Tensor:
+        output = self.network(images)
+        return velocity(output, images.shape[2:], self.integration_steps) if self.integration_steps else dense(output)

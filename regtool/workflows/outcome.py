@@ -1,0 +1,209 @@
+"""What register found, as a report, and as the folder it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regtool.geometry.fields import invert
+from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
+from regtool.geometry.sampling import warp_labels
+from regtool.io.files import explained, sha256, staged_folder, write_text
+from regtool.io.images import write_displacement, write_image, write_labels
+from regtool.io.transforms import write_transform
+from regtool.metrics.landmarks import tre
+from regtool.metrics.overlap import dice
+from regtool.parameters import Quality, dump
+from regtool.report.page import PageContent, qc_html, qc_png
+from regtool.workflows.pair import Clock, Registered
+from regtool.workflows.resolve import Resolved
+from regtool.workflows.runtime import peak_memory_mb, versions
+
+Threshold = tuple[str, float, float, bool]  # name, value, limit, passed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """before, after: as in report.json, empty where nothing was given; warped_labels: the moving labels on the fixed grid."""
+
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    warped_labels: Labels | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything a run found. fixed_source, moving_source: where the images come from, None for images in memory."""
+
+    fixed_source: Path | None
+    moving_source: Path | None
+    fixed: Image
+    moving: Image
+    warped: Image
+    done: tuple[Registered, ...]
+    resolved: Resolved
+    device: torch.device
+    evaluation: Evaluation
+    command: str
+    warnings: list[str]
+    clock: Clock
+    started: float
+
+
+def evaluated(labels: tuple[Labels, Labels] | None, landmarks: tuple[Landmarks, Landmarks] | None, start: Transform, found: Transform) -> Evaluation:
+    """Dice (labels carried with the nearest neighbour) and target registration error before (`start`) and after (`found`)."""
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    warped = None
+    if labels is not None:
+        fixed, moving = labels
+        warped = warp_labels(moving, found, fixed.grid, vote=False)
+        present = set(fixed.data.unique().tolist()) & set(moving.data.unique().tolist())
+        for out, carried in ((before, warp_labels(moving, start, fixed.grid, vote=False)), (after, warped)):
+            overlap = dice(fixed, carried, present)
+            out["dice"] = {"mean": overlap.mean, "labels": {str(k): v for k, v in overlap.labels.items()}}
+    if landmarks is not None:
+        for out, transform in ((before, start), (after, found)):
+            out["tre_mm"] = asdict(tre(landmarks[0], landmarks[1], transform))
+    return Evaluation(before, after, warped)
+
+
+def thresholds(outcome: Outcome) -> list[Threshold]:
+    """The `[qc]` limits against the worst time point."""
+    limits: Quality = outcome.resolved.parameters.qc
+    after, done = outcome.evaluation.after, outcome.done
+    values: list[tuple[str, float | None, float | None, int]] = [
+        ("max_folding_percent", max(d.jacobian.folding_percent for d in done), limits.max_folding_percent, 1),
+        ("min_similarity_gain", min(d.similarity[1] - d.similarity[0] for d in done), limits.min_similarity_gain, -1),
+        ("max_displacement_mm", max(float(d.displacement.magnitude().max()) for d in done), limits.max_displacement_mm, 1),
+        ("min_dice", after.get("dice", {}).get("mean"), limits.min_dice, -1),
+        ("max_tre_mm", after.get("tre_mm", {}).get("mean"), limits.max_tre_mm, 1),
+    ]
+    return [(name, value, limit, sign * (value - limit) <= 0) for name, value, limit, sign in values if value is not None and limit is not None]
+
+
+def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
+    """report.json, but for `outputs` and the seconds that are not over yet. Similarities: higher is better."""
+    parameters, card, first = outcome.resolved.parameters, outcome.resolved.card, outcome.done[0]
+    report: dict[str, Any] = {
+        "status": "ok" if all(passed for *_, passed in checks) else "qc_failed",
+        "method": parameters.method,
+        "model": {"name": card["name"], "sha256": sha256(outcome.resolved.model)} if card and outcome.resolved.model else {"name": "learned on this pair"},
+        "fixed": _described(outcome.fixed_source, outcome.fixed),
+        "moving": _described(outcome.moving_source, outcome.moving),
+        "outputs": {},
+        **_found(first, parameters.similarity.name),
+        "seconds": seconds(outcome),
+        "peak_memory_mb": peak_memory_mb(),
+        "planned_memory_mb": round(first.planned_bytes / 2**20, 1),
+        "network_grid": {"size": list(first.network_grid.size), "spacing": list(first.network_grid.spacing)},
+        "device": str(outcome.device),
+        "threads": torch.get_num_threads(),
+        "seed": parameters.run.seed,
+        "versions": versions(),
+        "command": outcome.command,
+        "warnings": outcome.warnings,
+        "qc": [{"name": n, "value": v, "limit": lim, "passed": p} for n, v, lim, p in checks],
+    }
+    if len(outcome.done) > 1:
+        report["time_points"] = [_found(d, parameters.similarity.name) for d in outcome.done]
+    if first.losses:
+        report["losses"] = [round(x, 6) for x in first.losses]
+    for when, values in (("before", outcome.evaluation.before), ("after", outcome.evaluation.after)):
+        if values:
+            report[when] = {**values, "label_interpolation": "nearest"} if "dice" in values else values
+    return report
+
+
+def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], output: Path) -> None:
+    """All of the output folder or nothing; `report` gets its `outputs`, `seconds` and, with an inverse, `inverse_residual_mm`."""
+    run, done, clock = outcome.resolved.parameters.run, outcome.done, outcome.clock
+    with staged_folder(output) as stage:
+        with clock("write"):
+            files: dict[str, Any] = {"warped": f"warped.{run.format}"}
+            write_image(outcome.warped, stage / files["warped"])
+            for t, one in enumerate(done):
+                for kind, name in _write_one(outcome, one, stage, f"_t{t:03d}" if len(done) > 1 else "", report).items():
+                    files[kind] = name if len(done) == 1 else [*files.get(kind, []), name]
+            if outcome.evaluation.warped_labels is not None:
+                files["warped_labels"] = f"warped_labels.{run.format}"
+                write_labels(outcome.evaluation.warped_labels, stage / files["warped_labels"])
+            opening = f"Repeats this registration:\nregtool register {_name(outcome.fixed_source)} {_name(outcome.moving_source)} -p parameters.toml -o AGAIN"
+            write_text(stage / "parameters.toml", dump(outcome.resolved.parameters, opening, outcome.resolved.engine_parameters))
+        report["folder"], report["outputs"] = str(output.resolve()), files
+        if run.qc:
+            files["qc"] = "qc.html"
+            with clock("qc"):
+                _write_page(outcome, report, checks, stage)
+        report["seconds"], report["peak_memory_mb"] = seconds(outcome), peak_memory_mb()
+        write_text(stage / "report.json", to_json(report))
+
+
+def _write_one(outcome: Outcome, one: Registered, stage: Path, tag: str, report: dict[str, Any]) -> dict[str, str]:
+    """The field, the transform and perhaps the inverse of one time point; their names by kind."""
+    run = outcome.resolved.parameters.run
+    files = {"displacement": f"displacement{tag}.{run.format}", "transform": f"transform{tag}.h5"}
+    write_displacement(one.displacement, stage / files["displacement"])
+    write_transform(one.transform, stage / files["transform"], outcome.fixed.grid)
+    if run.inverse:
+        inverse, residual = invert(one.transform, outcome.moving.grid)
+        files["inverse"] = f"inverse_displacement{tag}.{run.format}"
+        write_displacement(inverse, stage / files["inverse"])
+        found = {"mean": residual.mean_mm, "max": residual.max_mm, "covered_percent": residual.covered_percent}
+        report["inverse_residual_mm"] = found if not tag else [*report.get("inverse_residual_mm", []), found]
+    return files
+
+
+def _write_page(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], stage: Path) -> None:
+    first = outcome.done[0]
+    report["seconds"] = seconds(outcome)
+    title = f"{_name(outcome.moving_source)} to {_name(outcome.fixed_source)}"
+    content = PageContent(title, outcome.fixed, first.start, first.warped, first.displacement, first.determinant, report, checks)
+    png = qc_png(content)
+    with explained(stage):
+        (stage / "qc.png").write_bytes(png)
+        (stage / "qc.html").write_text(qc_html(content, png), encoding="utf-8")
+
+
+def seconds(outcome: Outcome) -> dict[str, float]:
+    """By stage; `start` is the time before the workflow began (imports), `total` all of it."""
+    parts = {name: round(outcome.clock.seconds.get(name, 0.0), 3) for name in ("start", "read", "align", "network", "refine", "warp", "write", "qc")}
+    return {**parts, "total": round(time.perf_counter() - outcome.started, 3)}
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """Strict JSON: what is no number becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(report), indent=2, allow_nan=False) + "\n"
+
+
+def _found(one: Registered, similarity: str) -> dict[str, Any]:
+    return {
+        "similarity": {"name": similarity, "before": one.similarity[0], "after": one.similarity[1]},
+        "jacobian": asdict(one.jacobian),
+        "displacement_mm": {"mean": float(one.displacement.magnitude().mean()), "max": float(one.displacement.magnitude().max())},
+        "stages": [asdict(s) | {"seconds": round(s.seconds, 3)} for s in one.stages],
+    }
+
+
+def _described(source: Path | None, image: Image) -> dict[str, Any]:
+    shown: DisplacementField | Image = image
+    found: dict[str, Any] = {"path": str(source.resolve()), "sha256": sha256(source)} if source is not None else {"path": None}
+    return {**found, "size": list(shown.grid.size), "spacing": list(shown.grid.spacing), "orientation": shown.grid.orientation()}
+
+
+def _name(source: Path | None) -> str:
+    return str(source) if source is not None else "image in memory"

@@ -1,0 +1,161 @@
+"""`regtool register`: read, register every time point, report, write. What happens to one pair is in `pair.register_pair`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regtool.errors import InputError, UsageError
+from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
+from regtool.geometry.sampling import stay, warp
+from regtool.io.files import refuse_existing
+from regtool.io.images import read_image, read_labels
+from regtool.io.points import read_points
+from regtool.io.transforms import read_transform
+from regtool.workflows.oneshot import Progress
+from regtool.workflows.outcome import Outcome, evaluated, report_of, thresholds, write_folder
+from regtool.workflows.pair import Clock, Registered, Setup, register_pair
+from regtool.workflows.resolve import resolve
+from regtool.workflows.runtime import configure, gathered_warnings, out_of_memory_explained, pick_device
+
+log = logging.getLogger("regtool")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says. fixed, moving: a path, or an image in memory.
+
+    output: the folder to write, or None to write nothing. overrides: `section.key=value`. started: `time.perf_counter()` when the process began.
+    """
+
+    fixed: Path | Image
+    moving: Path | Image
+    output: Path | None = None
+    parameter_file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    fixed_labels: Path | None = None
+    moving_labels: Path | None = None
+    fixed_landmarks: Path | None = None
+    moving_landmarks: Path | None = None
+    fix_header: bool = False
+    overwrite: bool = False
+    command: str = ""
+    started: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """warped: on the fixed grid; displacements, transforms: fixed to moving, one for each registered time point; report: as in report.json."""
+
+    warped: Image
+    displacements: tuple[DisplacementField, ...]
+    transforms: tuple[Transform, ...]
+    report: dict[str, Any]
+
+
+def register(request: Request, progress: Progress | None = None) -> Result:
+    """Registers the moving image to the fixed one and writes the output folder, report.json last.
+
+    Raises UsageError, ParameterError (exit 2), InputError, GeometryError, ModelError (3), OutOfMemory (5), OutputError (1), and writes nothing
+    then. A result beyond the `[qc]` thresholds is no exception: `report["status"]` says `qc_failed`.
+    """
+    started = time.perf_counter() if request.started is None else request.started
+    clock = Clock({"start": time.perf_counter() - started})
+    if request.output is not None:
+        if request.output.exists() and not request.output.is_dir():
+            raise UsageError(f"{request.output} is a file, -o needs a folder", tip="name another output with -o")
+        refuse_existing([request.output / "report.json"], request.overwrite)
+    with gathered_warnings() as warnings, out_of_memory_explained():
+        with clock("read"):
+            fixed, moving = _read_pair(request)
+            labels, landmarks = _labels(request, fixed, moving), _landmarks(request, fixed, moving)
+            resolved = resolve(request.parameter_file, request.overrides, fixed.grid.ndim)
+        run = resolved.parameters.run
+        device = pick_device(run.device)
+        configure(run.threads, run.seed)
+        initial = read_transform(Path(run.initial_transform), fixed.grid) if run.initial_transform else None
+        engine = resolved.engine.to(device) if resolved.engine is not None else None
+        done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress), clock)
+        warped = done[0].warped
+        if moving.time is not None:
+            frames = [d.warped.data for d in done]
+            together = warp(moving, Transform((done[0].displacement,)), fixed.grid, run.outside, device).data if len(done) == 1 else torch.cat(frames)
+            warped = Image(together, fixed.grid, moving.time)
+        evaluation = evaluated(labels, landmarks, initial or stay(fixed.grid.ndim), done[0].transform)
+        sources = [x if isinstance(x, Path) else None for x in (request.fixed, request.moving)]
+        outcome = Outcome(
+            *sources, fixed, moving, warped, tuple(done), resolved, device, evaluation, request.command, warnings, clock, started
+        )  # fmt: skip
+        checks = thresholds(outcome)
+        report = report_of(outcome, checks)
+        if request.output is not None:
+            write_folder(outcome, report, checks, request.output)
+    return Result(warped, tuple(d.displacement for d in done), tuple(d.transform for d in done), report)
+
+
+def default_output(fixed: Path, moving: Path) -> Path:
+    """`<moving>_to_<fixed>` in the working directory, names without their suffixes."""
+    return Path.cwd() / f"{_stem(moving)}_to_{_stem(fixed)}"
+
+
+def _stem(path: Path) -> str:
+    name = path.resolve().name
+    return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else Path(name).stem
+
+
+def _read_pair(request: Request) -> tuple[Image, Image]:
+    fixed, moving = (x if isinstance(x, Image) else read_image(x, request.fix_header) for x in (request.fixed, request.moving))
+    if fixed.time is not None:
+        log.warning("the fixed image is a time series; its mean over time is used")
+        fixed = Image(fixed.data.mean(dim=0, keepdim=True), fixed.grid)
+    return fixed, moving
+
+
+def _labels(request: Request, fixed: Image, moving: Image) -> tuple[Labels, Labels] | None:
+    """UsageError where labels are given for one image only, InputError where they do not lie on their image."""
+    if not _both(request.fixed_labels, request.moving_labels, "labels"):
+        return None
+    assert request.fixed_labels and request.moving_labels
+    found = read_labels(request.fixed_labels, request.fix_header), read_labels(request.moving_labels, request.fix_header)
+    for name, labels, image in (("fixed", found[0], fixed), ("moving", found[1], moving)):
+        if labels.grid.ndim != image.grid.ndim:
+            raise InputError(f"the {name} labels are {labels.grid.ndim}-D, their image is {image.grid.ndim}-D")
+        if not labels.grid.same_as(image.grid, tolerance=0.1):
+            log.warning("the %s labels lie on another grid than their image (size %s against %s)", name, labels.grid.size, image.grid.size)
+    return found
+
+
+def _landmarks(request: Request, fixed: Image, moving: Image) -> tuple[Landmarks, Landmarks] | None:
+    if not _both(request.fixed_landmarks, request.moving_landmarks, "landmarks"):
+        return None
+    assert request.fixed_landmarks and request.moving_landmarks
+    found = read_points(request.fixed_landmarks, ndim=fixed.grid.ndim), read_points(request.moving_landmarks, ndim=moving.grid.ndim)
+    if len(found[0].points) != len(found[1].points):
+        raise InputError(
+            f"{len(found[0].points)} fixed landmarks but {len(found[1].points)} moving ones", tip="both files need the same points in the same order"
+        )
+    for name, landmarks, image in (("fixed", found[0], fixed), ("moving", found[1], moving)):
+        beyond = int((~image.grid.contains(landmarks.points)).sum())
+        if beyond:
+            log.warning("%d of %d %s landmarks lie outside their image; are they in mm LPS?", beyond, len(landmarks.points), name)
+    return found
+
+
+def _both(fixed: Path | None, moving: Path | None, what: str) -> bool:
+    if (fixed is None) != (moving is None):
+        raise UsageError(f"{what} are given for one image only", tip=f"--fixed-{what} and --moving-{what} go together")
+    return fixed is not None
+
+
+def _frames(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> list[Registered]:
+    """One registration, or one for each time point of the moving image."""
+    if moving.time is None:
+        return [register_pair(fixed, moving, setup, clock)]
+    if setup.parameters.run.time == "one":
+        return [register_pair(fixed, Image(moving.data.mean(dim=0, keepdim=True), moving.grid), setup, clock)]
+    return [register_pair(fixed, moving.channel(t), setup, clock) for t in range(len(moving.data))]

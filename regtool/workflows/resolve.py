@@ -1,0 +1,54 @@
+"""Which parameters and which model a run has: defaults < what the model brings < parameter file < command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regtool.engines import names, parameters_of
+from regtool.engines._engine import Engine
+from regtool.engines._model import load_model
+from regtool.errors import ModelError, ParameterError, UsageError, did_you_mean
+from regtool.io.models import find_model, read_card
+from regtool.parameters import MODEL_SECTIONS, Parameters, Section, load, validated
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """parameters: complete, the engine's table included; engine: trained, or None where the method learns on the pair."""
+
+    parameters: Parameters
+    engine_parameters: Section
+    engine: Engine | None = None
+    card: dict[str, Any] | None = None
+    model: Path | None = None
+
+
+def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int | None) -> Resolved:
+    """ndim: the images' dimension; None only validates and loads no weights.
+
+    Raises UsageError for an unknown method, ParameterError for a wrong parameter, ModelError for a model that is broken or does not fit.
+    """
+    asked = load(parameter_file, overrides)
+    if asked.method not in names():
+        raise UsageError(f"unknown method {asked.method!r}; {did_you_mean(asked.method, names())}", tip="`regtool methods` lists them")
+    if asked.run.model is None:
+        own = _engine_parameters(asked, parameter_file, overrides)
+        return Resolved(asked.model_copy(update={"engine": own.model_dump()}), own)
+    path = find_model(asked.run.model)
+    card = read_card(path)
+    brought = {k: v for k, v in card["parameters"].items() if k in MODEL_SECTIONS}
+    parameters = load(parameter_file, overrides, brought)
+    if parameters.method != card["method"]:
+        raise ModelError(f"{path.name} is a {card['method']} model, not {parameters.method}", tip=f"use -m {card['method']}, or leave -m out")
+    own = _engine_parameters(parameters, parameter_file, overrides)
+    if own != validated(type(own), brought.get("engine", {}), "engine"):
+        raise ParameterError(f"[engine] differs from what {path.name} was trained with", tip="leave [engine] out where a model is given")
+    run = parameters.run.model_copy(update={"model": str(path.resolve())})
+    parameters = parameters.model_copy(update={"engine": own.model_dump(), "run": run})
+    return Resolved(parameters, own, None if ndim is None else load_model(path, ndim)[0], card, path)
+
+
+def _engine_parameters(parameters: Parameters, parameter_file: Path | None, overrides: tuple[str, ...]) -> Section:
+    return validated(parameters_of(parameters.method), parameters.engine, "engine", parameter_file, overrides)

@@ -1,0 +1,94 @@
+"""Device, threads, memory, warnings: the surroundings of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import torch
+
+from regtool.errors import OutOfMemory, UsageError
+
+log = logging.getLogger("regtool")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Metal, then the CPU. UsageError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device.type]
+    if there and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)", tip="count from cuda:0")
+    if not there:
+        raise UsageError(f"device {name}: there is none on this machine", tip="--device auto takes the best there is")
+    return device
+
+
+def configure(threads: int | None, seed: int) -> None:
+    """CPU threads and the global seed. Denormals are flushed: near-zero fields run some twenty times slower with them."""
+    torch.set_flush_denormal(True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+
+
+def memory_limit_bytes(max_memory_gb: float | None) -> int:
+    """What may be used: the limit asked for, else nine tenths of the machine's memory."""
+    if max_memory_gb is not None:
+        return int(max_memory_gb * 2**30)
+    try:
+        return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8 * 2**30
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, MB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(used / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+@contextlib.contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """The several ways in which torch and Python run out of memory, as OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise OutOfMemory("the work does not fit into memory", tip="lower --max-memory (the network grid is coarsened to fit) or set --set grid.max_voxels=N") from error
+
+
+@contextlib.contextmanager
+def gathered_warnings() -> Iterator[list[str]]:
+    """Every warning that regtool logs inside, for the report."""
+    found: list[str] = []
+
+    class Gather(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() not in found:
+                found.append(record.getMessage())
+
+    handler = Gather(level=logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+
+
+def versions() -> dict[str, str]:
+    """Of regtool and of what decides its numbers."""
+    found = {name: version(name) for name in ("regtool", "torch", "SimpleITK", "numpy")}
+    return {**found, "python": platform.python_version()}

@@ -1,0 +1,309 @@
+"""Reading and writing images against SimpleITK."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from regtool.errors import GeometryError, InputError, OutputError
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import DisplacementField, Image, Labels, Transform
+from regtool.geometry.sampling import resample, stay
+from regtool.io.images import (
+    displacement_to_sitk,
+    read_displacement,
+    read_grid,
+    read_image,
+    read_labels,
+    write_displacement,
+    write_image,
+    write_labels,
+)
+from tests.conftest import DATA, random_grid, random_image, smooth_field, to_sitk
+
+WRITTEN = [".nii.gz", ".nii", ".mha", ".nrrd", ".mhd", ".nhdr"]
+
+
+def same_geometry(image: sitk.Image, grid: Grid) -> None:
+    assert image.GetSize() == grid.size
+    for ours, theirs in ((grid.spacing, image.GetSpacing()), (grid.origin, image.GetOrigin()), (grid.direction, image.GetDirection())):
+        assert np.allclose(ours, theirs, atol=1e-4), (ours, theirs)
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_images_round_trip_and_sitk_reads_the_same_voxels(tmp_path: Path, ndim: int, orientation: str, suffix: str) -> None:
+    image = random_image(random_grid(ndim, orientation, 1), 1)
+    path = tmp_path / f"image{suffix}"
+    write_image(image, path)
+    oracle = sitk.ReadImage(str(path))
+    same_geometry(oracle, image.grid)
+    assert np.array_equal(sitk.GetArrayFromImage(oracle), image.data[0].numpy())
+    back = read_image(path)
+    assert torch.equal(back.data, image.data)
+    assert back.grid.same_as(image.grid, 1e-4)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_fields_are_vectors_in_lps_with_the_right_intent(tmp_path: Path, ndim: int, orientation: str, suffix: str) -> None:
+    field = smooth_field(random_grid(ndim, orientation, 2), 3.0, 2)
+    path = tmp_path / f"field{suffix}"
+    write_displacement(field, path)
+    oracle = sitk.ReadImage(str(path))
+    same_geometry(oracle, field.grid)
+    assert oracle.GetNumberOfComponentsPerPixel() == ndim
+    assert np.array_equal(np.moveaxis(sitk.GetArrayFromImage(oracle), -1, 0), field.data.numpy())
+    back = read_displacement(path)
+    assert torch.equal(back.data, field.data)
+    if suffix.startswith(".nii"):
+        raw = gzip.decompress(path.read_bytes()) if suffix.endswith("gz") else path.read_bytes()
+        assert struct.unpack_from("<h", raw, 68)[0] == 1007
+        expected = [5, *field.grid.size, *[1] * (4 - ndim), ndim]
+        assert list(struct.unpack_from("<6h", raw, 40)) == expected
+
+
+def test_our_nifti_header_is_itks(tmp_path: Path, ndim: int, orientation: str) -> None:
+    image = random_image(random_grid(ndim, orientation, 3), 3)
+    write_image(image, tmp_path / "ours.nii")
+    sitk.WriteImage(to_sitk(image.data[0].numpy(), image.grid), str(tmp_path / "itk.nii"))
+    assert (tmp_path / "ours.nii").read_bytes() == (tmp_path / "itk.nii").read_bytes()
+    sitk.WriteImage(displacement_to_sitk(smooth_field(image.grid, 1, 1)), str(tmp_path / "itk.nii"))
+    write_displacement(smooth_field(image.grid, 1, 1), tmp_path / "ours.nii")
+    assert (tmp_path / "ours.nii").read_bytes() == (tmp_path / "itk.nii").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"])
+def test_labels_keep_dtype_and_value(tmp_path: Path, dtype: str) -> None:
+    top = {"float32": 2**20, "float64": 2**40}.get(dtype) or min(np.iinfo(dtype).max, 2**53)
+    values = np.array([0, 1, top], dtype=dtype)[np.random.default_rng(0).integers(0, 3, (4, 5, 6))]
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "in.nrrd"))
+    labels = read_labels(tmp_path / "in.nrrd")
+    assert np.array_equal(labels.data[0].numpy(), values.astype(np.int64))
+    for suffix in (".nii.gz", ".mha"):
+        write_labels(labels, tmp_path / f"out{suffix}")
+        back = sitk.ReadImage(str(tmp_path / f"out{suffix}"))
+        assert sitk.GetArrayFromImage(back).dtype == np.dtype(dtype)
+        assert np.array_equal(sitk.GetArrayFromImage(back), values)
+
+
+def test_time_series(tmp_path: Path, ndim: int) -> None:
+    grid = random_grid(ndim, "aligned", 4)
+    image = Image(torch.rand(4, *grid.shape), grid, time=(2.5, 1.0))
+    for suffix in (".nii.gz", ".nrrd", ".mha"):
+        write_image(image, tmp_path / f"t{suffix}")
+        back = read_image(tmp_path / f"t{suffix}")
+        if ndim < Grid.MAX_DIMENSION:  # x, y, t on disk is a volume: only its maker knows
+            assert back.data.shape == (1, 4, *grid.shape)
+            continue
+        assert torch.equal(back.data, image.data)
+        assert back.time == pytest.approx((2.5, 1.0))
+        assert back.grid.same_as(grid, 1e-4)
+
+
+def test_vector_images_become_channels(tmp_path: Path, ndim: int) -> None:
+    grid = random_grid(ndim, "aligned", 4)
+    image = Image(torch.rand(5, *grid.shape), grid)
+    write_image(image, tmp_path / "v.nii.gz")
+    assert torch.equal(read_image(tmp_path / "v.nii.gz").data, image.data)
+    write_image(image, tmp_path / "v.mha")
+    assert torch.equal(read_image(tmp_path / "v.mha").data, image.data)
+
+
+@pytest.mark.parametrize(("suffix", "channels"), [(".png", 3), (".png", 4), (".jpg", 3), (".tif", 3)])
+def test_colour_becomes_grey_with_a_warning(tmp_path: Path, suffix: str, channels: int, caplog: pytest.LogCaptureFixture) -> None:
+    pixels = np.full((20, 30, channels), 77, dtype=np.uint8)
+    pixels[..., 1] = 200
+    sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=True), str(tmp_path / f"c{suffix}"))
+    logging.getLogger("regtool").propagate = True
+    image = read_image(tmp_path / f"c{suffix}")
+    assert "colour" in caplog.text
+    assert image.data.shape == (1, 20, 30)
+    assert float(image.data[0, 10, 10]) == pytest.approx(0.299 * 77 + 0.587 * 200 + 0.114 * 77, abs=3 if suffix == ".jpg" else 0.01)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_slice_is_two_dimensional(tmp_path: Path, axis: int) -> None:
+    shape = [5, 6, 7]
+    shape[axis] = 1
+    array = np.random.default_rng(0).random(shape).astype(np.float32)
+    volume = sitk.GetImageFromArray(array)
+    volume.SetSpacing((1.0, 2.0, 3.0))
+    volume.SetOrigin((10, 20, 30))
+    sitk.WriteImage(volume, str(tmp_path / "slice.nii.gz"))
+    image = read_image(tmp_path / "slice.nii.gz")
+    keep = [a for a in (0, 1, 2) if a != 2 - axis]  # index axes, x first
+    oracle = volume[tuple(slice(None) if a in keep else 0 for a in range(3))]
+    assert np.array_equal(image.data[0].numpy(), sitk.GetArrayFromImage(oracle))
+    assert image.grid.spacing == pytest.approx(oracle.GetSpacing())
+    assert image.grid.origin == pytest.approx([(10, 20, 30)[a] for a in keep])
+
+
+def test_nan_is_said_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    array = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    array[1, 1, 1] = np.nan
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "nan.mha"))
+    logging.getLogger("regtool").propagate = True
+    assert float(read_image(tmp_path / "nan.mha").data[0, 1, 1, 1]) == 0.0
+    assert "1 voxels are NaN" in caplog.text
+    sitk.WriteImage(sitk.GetImageFromArray(array * np.nan), str(tmp_path / "all.mha"))
+    with pytest.raises(InputError, match="no finite number"):
+        read_image(tmp_path / "all.mha")
+
+
+def write_nifti(path: Path, sform: np.ndarray) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(np.random.default_rng(0).random((6, 7, 8)).astype(np.float32)), str(path))
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<2h", raw, 252, 0, 1)  # no q-form, an s-form
+    struct.pack_into("<12f", raw, 280, *np.asarray(sform, dtype=float).ravel())
+    path.write_bytes(bytes(raw))
+
+
+def test_sheared_directions_are_refused_with_their_angle_and_repaired_on_request(tmp_path: Path) -> None:
+    shear = np.eye(3)
+    shear[0, 1] = np.tan(np.radians(10))
+    write_nifti(tmp_path / "sheared.nii", np.hstack([shear, np.zeros((3, 1))]))
+    with pytest.raises(GeometryError, match=r"not orthonormal \(off by \d") as error:
+        read_image(tmp_path / "sheared.nii")
+    assert "--fix-header" in str(error.value.tip)
+    grid = read_image(tmp_path / "sheared.nii", fix_header=True).grid
+    assert np.allclose(grid.rotation.T @ grid.rotation, np.eye(3), atol=1e-5)
+
+
+def mha(path: Path, **changes: str) -> Path:
+    header = {
+        "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "0 0 0",
+        "ElementSpacing": "1 1 1", "DimSize": "4 5 6", "ElementType": "MET_UCHAR", **changes, "ElementDataFile": "LOCAL",
+    }  # fmt: skip
+    path.write_bytes("".join(f"{k} = {v}\n" for k, v in header.items()).encode() + bytes(range(120)))
+    return path
+
+
+def test_sheared_metaimage(tmp_path: Path) -> None:
+    path = mha(tmp_path / "m.mha", TransformMatrix="1 0 0 0.2 1 0 0 0 1")
+    with pytest.raises(GeometryError, match="orthonormal"):
+        read_image(path)
+    assert read_image(path, fix_header=True).data.shape == (1, 6, 5, 4)
+
+
+@pytest.mark.parametrize("spacing", ["0 1 1", "-1 1 1"])
+def test_zero_or_negative_spacing(tmp_path: Path, spacing: str) -> None:
+    with pytest.raises(GeometryError, match="spacing"):
+        read_grid(mha(tmp_path / "m.mha", ElementSpacing=spacing))
+
+
+@pytest.mark.parametrize("step", [0.0, -2.0])
+def test_zero_or_negative_spacing_in_nifti(tmp_path: Path, step: float) -> None:
+    path = tmp_path / "n.nii"
+    write_image(random_image(Grid.regular((6, 7, 8)), 0), path)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<f", raw, 80, step)
+    path.write_bytes(bytes(raw))
+    with pytest.raises(GeometryError, match="above zero, the header has") as error:
+        read_image(path)
+    assert "--fix-header" in str(error.value.tip)
+    assert read_image(path, fix_header=True).grid.spacing[0] == (abs(step) or 1.0)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    good = tmp_path / "good.nii.gz"
+    write_image(random_image(Grid.regular((6, 7, 8)), 0), good)
+    (tmp_path / "empty.nii").write_bytes(b"")
+    (tmp_path / "cut.nii.gz").write_bytes(good.read_bytes()[:-20])
+    write_image(random_image(Grid.regular((6, 7, 8)), 0), tmp_path / "whole.nii")
+    (tmp_path / "cut.nii").write_bytes((tmp_path / "whole.nii").read_bytes()[:-20])
+    (tmp_path / "text.nrrd").write_text("hello")
+    (tmp_path / "notes.docx").write_text("hello")
+    (tmp_path / "pickle.mha").write_bytes(b"\x80\x04\x95")
+    (tmp_path / "folder").mkdir()
+    cases = {"missing.nii": "not found", "empty.nii": "empty file", "cut.nii.gz": "damaged", "cut.nii": "damaged", "text.nrrd": "cannot be read"}
+    cases |= {"notes.docx": "cannot be read", "pickle.mha": "cannot be read", "folder": "without a DICOM series"}
+    for name, words in cases.items():
+        with pytest.raises(InputError, match=words) as error:
+            read_image(tmp_path / name)
+        assert error.value.exit_code == 3
+        assert error.value.tip
+        assert "\n" not in error.value.what
+        assert "0x" not in error.value.what
+    with pytest.raises(InputError, match="not whole numbers"):
+        read_labels(good)
+    with pytest.raises(InputError, match="no displacement field"):
+        read_displacement(good)
+    with pytest.raises(InputError, match="cannot write"):
+        write_image(random_image(Grid.regular((6, 7)), 0), tmp_path / "x.png")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands in for a full disk: the write fails in the middle."""
+    resource = pytest.importorskip("resource")
+    image = Image(torch.rand(1, 60, 60, 60), Grid.regular((60, 60, 60)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("a.nii.gz", "a.nii", "a.mha", "a.nrrd"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(OutputError, match="cannot write"):
+                write_image(image, tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_must_be_whole(tmp_path: Path) -> None:
+    with pytest.raises(GeometryError):
+        Labels(torch.rand(1, 3, 3), Grid.regular((3, 3)))
+    with pytest.raises(GeometryError, match="components"):
+        DisplacementField(torch.zeros(3, 4, 4), Grid.regular((4, 4)))
+    with pytest.raises(GeometryError, match="different dimension"):
+        Transform((stay(2).parts[0], stay(3).parts[0]))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", sorted(p.name for p in (DATA / "formats" / "nifti_space").glob("*.nii.gz")) or ["none"])
+def test_every_axis_order_is_the_same_physical_image(name: str) -> None:
+    folder = DATA / "formats" / "nifti_space"
+    reference, other = read_image(folder / "LPS.nii.gz"), read_image(folder / name)
+    assert other.grid.orientation() == name[:3]
+    onto = resample(other, reference.grid, outside=0.0)
+    spread = float(reference.data.max() - reference.data.min())
+    inner = (slice(None), *[slice(1, -1)] * 3)
+    assert float((onto.data - reference.data)[inner].abs().max()) < 1e-3 * spread
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "name",
+    ["formats/dicom_series", "formats/dicom_single/MR_small.dcm", "formats/nibabel/example4d.nii.gz", "formats/niivue/ras.hdr", "formats/niivue/FLAIR.nrrd"],
+)
+def test_real_formats(name: str) -> None:
+    image = read_image(DATA / name)
+    assert image.data.isfinite().all()
+    assert float(image.data.max()) > float(image.data.min())
+
+
+@pytest.mark.data
+def test_mgz_against_its_nifti_twin(tmp_path: Path) -> None:
+    """nibabel's test volume: 3 x 4 x 5, two frames."""
+    with pytest.raises(GeometryError, match="orthonormal"):  # its cosines are made up
+        read_image(DATA / "formats" / "nibabel" / "test.mgz")
+    image = read_image(DATA / "formats" / "nibabel" / "test.mgz", fix_header=True)
+    assert image.data.shape == (2, 5, 4, 3)
+
+
+def test_mgh_geometry(tmp_path: Path) -> None:
+    """Hand-made: 2 mm voxels, axes L, S, A; the centre voxel (n / 2) sits at c_ras."""
+    header = struct.pack(">iiiiiiih15f", 1, 4, 6, 8, 1, 4, 0, 1, 2, 2, 2, -1, 0, 0, 0, 0, 1, 0, 1, 0, 10, 20, 30)
+    voxels = np.arange(4 * 6 * 8, dtype=">i2")
+    (tmp_path / "v.mgz").write_bytes(gzip.compress(header.ljust(284, b"\0") + voxels.tobytes()))
+    image = read_image(tmp_path / "v.mgz")
+    assert image.grid.orientation() == "LSA"
+    assert image.grid.to_physical(np.array([2.0, 3, 4])) == pytest.approx([-10, -20, 30])
+    assert float(image.data[0, 1, 2, 3]) == 1 * 24 + 2 * 4 + 3
+    (tmp_path / "cut.mgz").write_bytes(gzip.compress(header))
+    with pytest.raises(InputError):
+        read_image(tmp_path / "cut.mgz")

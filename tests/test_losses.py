@@ -1,0 +1,174 @@
+"""Similarities against naive loops, gradients in double precision, and the traps: Hounsfield offsets, borders, flat images."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from regtool.losses import REGULARITIES, SIMILARITIES
+from regtool.losses import window as window_module
+from regtool.losses.regularity import diffusion
+from regtool.losses.similarity import EPSILON, lncc, mse, ncc
+from regtool.losses.window import window_sum
+from regtool.parameters import Regularity, Similarity
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def shape_of(ndim: int) -> tuple[int, ...]:
+    return (7, 6, 9)[:ndim]
+
+
+def naive_lncc(a: np.ndarray, b: np.ndarray, window: int) -> np.ndarray:
+    """One image, voxel by voxel."""
+    out = np.zeros(a.shape)
+    r = window // 2
+    for at in itertools.product(*map(range, a.shape)):
+        box = tuple(slice(max(i - r, 0), i + r + 1) for i in at)
+        x, y = a[box].ravel(), b[box].ravel()
+        covariance = ((x - x.mean()) * (y - y.mean())).mean()
+        out[at] = covariance**2 / (max(x.var(), EPSILON) * max(y.var(), EPSILON))
+    return out
+
+
+@pytest.mark.parametrize("window", [3, 5, 9])
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 18])
+def test_lncc_is_the_naive_loop(ndim: int, window: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "CHUNK", chunk)
+    a, b = (rand(2, 2, *shape_of(ndim), seed=s, dtype=torch.float64) for s in (1, 2))
+    weight = rand(2, 1, *shape_of(ndim), seed=3, dtype=torch.float64)
+    naive = np.stack([[naive_lncc(a[n, c].numpy(), b[n, c].numpy(), window) for c in range(2)] for n in range(2)])
+    assert float(lncc(a, b, window=window)) == pytest.approx(naive.mean(), abs=1e-12)
+    assert float(lncc(a.float(), b.float(), window=window)) == pytest.approx(naive.mean(), abs=1e-5)
+    w = weight.numpy()
+    assert float(lncc(a, b, weight, window=window)) == pytest.approx((naive * w).sum() / (2 * w.sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(SIMILARITIES))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients(ndim: int, name: str, weighted: bool) -> None:
+    shape = (5, 4, 6)[:ndim]
+    a, b = (rand(1, 2, *shape, seed=s, dtype=torch.float64).requires_grad_() for s in (1, 2))
+    weight = rand(1, 1, *shape, seed=3, dtype=torch.float64) if weighted else None
+    parameters = Similarity(window=3)
+    assert torch.autograd.gradcheck(lambda x, y: SIMILARITIES[name](x, y, parameters, weight), (a, b))
+    assert torch.autograd.gradcheck(lambda y: SIMILARITIES[name](a.detach(), y, parameters, weight), (b,))
+
+
+def test_lncc_needs_no_gradient_without_autograd() -> None:
+    b = rand(1, 1, 8, 8, seed=2).requires_grad_()
+    with torch.no_grad():
+        assert not lncc(rand(1, 1, 8, 8), b).requires_grad
+    with torch.inference_mode():
+        assert 0 <= float(lncc(rand(1, 1, 8, 8), b)) <= 1
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0, -1024.0])
+def test_lncc_survives_hounsfield_offsets(ndim: int, offset: float) -> None:
+    shape = (24, 20, 18)[:ndim]
+    a = rand(1, 1, *shape, seed=1)
+    b = a + 0.1 * rand(1, 1, *shape, seed=2)
+    expected = float(lncc(a.double(), b.double()))
+    assert float(lncc(a + offset, b + offset)) == pytest.approx(expected, abs=2e-3)
+    assert float(lncc(a + offset, b)) == pytest.approx(expected, abs=2e-3)
+
+
+def test_lncc_of_a_ct_stays_within_its_bounds() -> None:
+    a = torch.full((1, 1, 40, 40), -1000.0)
+    a[..., 10:30, 10:30] = 40 + 10 * rand(1, 1, 20, 20)
+    b = a.clone()
+    b[..., :5] += 1e-3 * rand(1, 1, 40, 5, seed=4)  # rounding, in air
+    assert 0 < float(lncc(a, b)) <= 1 + 1e-4
+    inside = torch.zeros_like(a)
+    inside[..., :4, :] = 1  # air alone: nothing to correlate
+    assert float(lncc(a, b, inside)) == pytest.approx(0, abs=1e-3)
+
+
+def test_noise_does_not_correlate_at_the_border(ndim: int) -> None:
+    shape = (40, 40) if ndim == len((40, 40)) else (20, 20, 20)
+    a, b = (5 + 0.01 * rand(1, 1, *shape, seed=s) for s in (1, 2))
+    border = torch.ones(1, 1, *shape)
+    border[(..., *[slice(2, -2)] * ndim)] = 0
+    assert float(lncc(a, b, border)) < 0.05
+    assert float(lncc(a, b)) < 0.05
+
+
+def test_lncc_is_higher_for_the_better_match_and_blind_to_contrast(ndim: int) -> None:
+    a = rand(1, 1, *(24, 22, 20)[:ndim])
+    assert float(lncc(a, a)) == pytest.approx(1, abs=1e-5)
+    assert float(lncc(a, 1 - a)) == pytest.approx(1, abs=1e-5)
+    assert float(lncc(a, a + 0.3 * rand(*a.shape, seed=1))) > float(lncc(a, a + 0.6 * rand(*a.shape, seed=1)))
+
+
+@pytest.mark.parametrize("name", sorted(SIMILARITIES))
+def test_constant_images_give_finite_gradients(name: str) -> None:
+    a = torch.full((1, 1, 12, 12), 3.0)
+    b = torch.full((1, 1, 12, 12), 2.0, requires_grad=True)
+    value = SIMILARITIES[name](a, b, Similarity())
+    value.backward()
+    assert b.grad is not None
+    assert torch.isfinite(b.grad).all()
+    assert float(value.detach()) == pytest.approx(-1 if name == "mse" else 0, abs=1e-6)
+
+
+def test_ncc_is_the_correlation_of_each_sample() -> None:
+    a, b = (rand(3, 2, 10, 11, seed=s) for s in (1, 2))
+    b = b + a
+    expected = [np.corrcoef(a[n, c].ravel(), b[n, c].ravel())[0, 1] for n in range(3) for c in range(2)]
+    assert float(ncc(a, b)) == pytest.approx(np.mean(expected), abs=1e-5)
+    assert float(ncc(a, -b)) == pytest.approx(-np.mean(expected), abs=1e-5)
+    mask = (rand(3, 1, 10, 11, seed=5) > 0.5).float()
+    inside = [np.corrcoef(a[n, c][mask[n, 0] > 0], b[n, c][mask[n, 0] > 0])[0, 1] for n in range(3) for c in range(2)]
+    assert float(ncc(a, b, mask)) == pytest.approx(np.mean(inside), abs=1e-5)
+
+
+def test_mse_is_the_negative_mean_square() -> None:
+    a, b, w = (rand(2, 2, 6, 5, seed=s) for s in (1, 2, 3))
+    assert float(mse(a, b)) == pytest.approx(-float(((a - b) ** 2).mean()))
+    assert float(mse(a, b, w[:, :1])) == pytest.approx(-float((((a - b) ** 2) * w[:, :1]).sum() / (2 * w[:, :1].sum())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
+    a, b = (rand(1, 1, 12, 12, seed=s).to(dtype) for s in (1, 2))
+    for function in (lncc, ncc, mse):
+        assert function(a, b).dtype == torch.float32
+
+
+def test_window_sum_is_its_own_adjoint(ndim: int) -> None:
+    x, y = (rand(*shape_of(ndim), seed=s, dtype=torch.float64) for s in (1, 2))
+    for window in (1, 3, 7, 11):
+        assert float((window_sum(x, window, range(ndim)) * y).sum()) == pytest.approx(float((x * window_sum(y, window, range(ndim))).sum()))
+
+
+def test_diffusion_is_the_mean_of_squared_steps(ndim: int) -> None:
+    u = rand(2, ndim, *shape_of(ndim), dtype=torch.float64)
+    expected = np.mean([np.square(np.diff(u.numpy(), axis=2 + k)).mean() for k in range(ndim)])
+    assert float(diffusion(u)) == pytest.approx(expected)
+    spacing = (0.5, 1.0, 3.0)[:ndim]  # x first, x is the last axis
+    mm = u.numpy() * np.reshape(spacing, (1, -1, *[1] * ndim))
+    expected = np.mean([np.square(np.diff(mm, axis=2 + k) / spacing[ndim - 1 - k]).mean() for k in range(ndim)])
+    assert float(diffusion(u, spacing)) == pytest.approx(expected)
+    assert float(diffusion(torch.ones(1, ndim, *[1] * ndim))) == 0
+    assert torch.autograd.gradcheck(lambda v: diffusion(v, spacing), (u.requires_grad_(),))
+
+
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_diffusion_in_slabs(ndim: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    u = rand(2, ndim, *shape_of(ndim), dtype=torch.float64).requires_grad_()
+    diffusion(u).backward()
+    whole, u.grad = u.grad, None
+    monkeypatch.setattr(window_module, "CHUNK", chunk)
+    diffusion(u).backward()
+    assert whole is not None
+    assert torch.allclose(whole, u.grad, atol=1e-12)
+
+
+def test_names_are_those_of_the_parameter_file() -> None:
+    assert set(SIMILARITIES) == set(Similarity.model_json_schema()["properties"]["name"]["enum"])
+    assert set(REGULARITIES) == {Regularity.model_json_schema()["properties"]["name"]["const"]}
