@@ -32,7 +32,9 @@ class Grid(Section):
 
     spacing_mm: float | None = Field(None, gt=0, description="voxel size in mm of the network grid; left out: the fixed image's own voxels")
     max_voxels: int | None = Field(
-        None, ge=64, description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 400000 (without)"
+        None,
+        ge=64,
+        description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 400000 (without)",
     )
 
 
@@ -43,12 +45,15 @@ class Preprocess(Section):
         "percentile", description="percentile: clip to `percentiles` of each image, scale to [0, 1]; minmax: scale to [0, 1]; none: as they are"
     )
     percentiles: tuple[float, float] = Field((0.0, 99.9), description="lower and upper percentile of each image")
+    top: float = Field(1.0, gt=0, description="what the upper end becomes instead of 1, for networks trained on another scale")
 
 
 class Similarity(Section):
     """What a good match is. Also what the guard and the report measure."""
 
-    name: Literal["lncc", "ncc", "mse"] = Field("lncc", description="lncc: squared local correlation; ncc: global correlation; mse: mean squared error")
+    name: Literal["lncc", "ncc", "mse"] = Field(
+        "lncc", description="lncc: squared local correlation; ncc: global correlation; mse: mean squared error"
+    )
     window: int = Field(9, ge=3, description="voxels across the window of lncc, odd")
     weight: float = Field(1.0, gt=0, description="factor of the similarity term")
 
@@ -175,7 +180,8 @@ def explained(
         message = f"{trouble['msg'][0].lower()}{trouble['msg'][1:]}, got {trouble['input']!r}"
     more = len(error.errors()) - 1
     return ParameterError(
-        f"{place}: {key}: {message}" + (f" (and {more} more)" if more else ""), tip="`regtool parameters init METHOD` prints every parameter with its meaning"
+        f"{place}: {key}: {message}" + (f" (and {more} more)" if more else ""),
+        tip="`regtool parameters init METHOD` prints every parameter with its meaning",
     )
 
 
@@ -219,7 +225,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"cannot read the parameter file {path}: {getattr(error, 'strerror', None) or error}", tip="-p takes a TOML file") from error
+        raise ParameterError(
+            f"cannot read the parameter file {path}: {getattr(error, 'strerror', None) or error}", tip="-p takes a TOML file"
+        ) from error
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "regtool"
 STOREYS = {
-    "errors": 0, "parameters": 0,
+    "errors": -1, "parameters": 0,
     "geometry": 1,
     "io": 2, "losses": 2, "networks": 2, "deformation": 2,
     "data": 3, "metrics": 3, "report": 3,
     "optimise": 4, "engines": 4,
     "workflows": 5,
-    "cli": 6, "__init__": 6, "__main__": 6,
+    "cli": 6, "__init__": 6, "__main__": 7,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {f: ast.parse(f.read_text(encoding="utf-8")) for f in FILES}
@@ -29,8 +29,12 @@ def room(file: Path) -> str:
 
 
 def imported(tree: ast.AST) -> set[str]:
+    """Every module that is imported, but for type checking alone."""
     names: set[str] = set()
+    skipped = {id(n) for g in ast.walk(tree) if isinstance(g, ast.If) and "TYPE_CHECKING" in ast.unparse(g.test) for n in ast.walk(g)}
     for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

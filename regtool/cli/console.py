@@ -21,17 +21,21 @@ def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) ->
     if as_json:
         print(json.dumps(result, indent=2))
         return
+    width = max(len(name) for name, _ in table)
+    if not sys.stdout.isatty():  # for `grep` and `cut`: a line a row, whatever its length
+        for name, value in table:
+            print(f"{name:<{width}}  {value}")
+        return
     rows = Table(show_header=False, box=None, pad_edge=False)
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column(overflow="fold")
     for name, value in table:
         rows.add_row(escape(name), escape(value))
-    out = Console(highlight=False)
-    out.print(rows, crop=False, soft_wrap=not sys.stdout.isatty())
+    Console(highlight=False).print(rows)
 
 
 def logs(verbosity: int) -> None:
-    """regtool's log on stderr: -1 errors only, 0 warnings, 1 what happens, 2 everything."""
+    """Regtool's log on stderr: -1 errors only, 0 warnings, 1 what happens, 2 everything."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -17,7 +17,7 @@ def jacobian(
     transform: Annotated[
         list[Path],
         typer.Argument(
-            metavar="TRANSFORM...",
+            metavar="TRANSFORM",
             help="One transform, or several in the order points travel from fixed to moving. Any format that `warp` takes.",
             show_default=False,
         ),

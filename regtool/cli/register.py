@@ -53,7 +53,7 @@ def register(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder to write. Left out: <moving>_to_<fixed> here.", metavar="DIR", rich_help_panel=OUTPUT, show_default=False
+            "--output", "-o", help="Folder to write. Left out: MOVING_to_FIXED, here.", metavar="DIR", rich_help_panel=OUTPUT, show_default=False
         ),
     ] = None,
     parameter_file: ParameterFile = None,

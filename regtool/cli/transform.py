@@ -15,7 +15,7 @@ app = typer.Typer(help="Invert, compose, convert and inspect transforms.", no_ar
 Chain = Annotated[
     list[Path],
     typer.Argument(
-        metavar="TRANSFORM...",
+        metavar="TRANSFORM",
         help="One transform, or several in the order points travel from fixed to moving: the order of `antsApplyTransforms -t`.",
         show_default=False,
     ),

@@ -27,7 +27,7 @@ def warp(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="MOVING...", help="Images or label maps; or points (.csv .txt .fcsv .mrk.json) and meshes (.vtk .stl).", show_default=False
+            metavar="MOVING", help="Images or label maps; or points (.csv .txt .fcsv .mrk.json) and meshes (.vtk .stl).", show_default=False
         ),
     ],
     transform: Transforms,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Image, Transform
+from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import warp
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
@@ -39,11 +39,11 @@ def normalised(image: Image, parameters: Preprocess) -> Image:
         return Image(data, image.grid)
     low, high = (0.0, 100.0) if parameters.intensity == "minmax" else parameters.percentiles
     flat = data.flatten()
-    sample = flat[:: max(1, len(flat) // QUANTILE_SAMPLES)].double().numpy() if 0 < low or high < 100 else flat.numpy()
+    sample = flat[:: max(1, len(flat) // QUANTILE_SAMPLES)].double().numpy() if low > 0 or high < 100 else flat.numpy()
     bottom, top = (float(v) for v in np.percentile(sample, [low, high]))
     if top <= bottom:  # nearly all background: the percentiles say nothing
         bottom, top = float(flat.min()), float(flat.max())
-    return Image(((data - bottom) / max(top - bottom, 1e-12)).clamp(0, 1), image.grid)
+    return Image(((data - bottom) / max(top - bottom, 1e-12)).clamp(0, 1) * parameters.top, image.grid)
 
 
 def to_network(image: Image, transform: Transform, grid: Grid, parameters: Preprocess) -> torch.Tensor:
@@ -82,4 +82,4 @@ def _size(fixed: Grid, spacing: np.ndarray) -> np.ndarray:
 
 def _stays(transform: Transform) -> bool:
     part = transform.parts[0]
-    return hasattr(part, "matrix") and np.array_equal(part.matrix, np.eye(part.ndim)) and not part.translation.any()
+    return isinstance(part, Affine) and np.array_equal(part.matrix, np.eye(part.ndim)) and not part.translation.any()

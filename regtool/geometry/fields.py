@@ -42,7 +42,7 @@ class Residual:
 
 
 def invert(transform: Transform, grid: Grid, iterations: int = 60, tolerance_mm: float = 1e-3) -> tuple[DisplacementField, Residual]:
-    """v on `grid` (moving space) with `T(y + v(y)) = y`, by damped fixed-point iteration (Chen 2008).
+    """V on `grid` (moving space) with `T(y + v(y)) = y`, by damped fixed-point iteration (Chen 2008).
 
     A point's step is halved whenever its residual grows, which reaches further than the plain iteration (that needs |du/dx| < 1). T's field is
     continued beyond its grid. Returns the inverse and its residual; iteration ends once every covered point is within `tolerance_mm`.

@@ -171,7 +171,9 @@ def nearest_rotation(direction: Sequence[float]) -> tuple[float, ...]:
     ndim = math.isqrt(len(direction))
     d = np.array(direction, dtype=np.float64).reshape(ndim, ndim)
     if not np.isfinite(d).all() or abs(np.linalg.det(d)) < 1e-6:
-        raise GeometryError(f"direction cosines are singular: {tuple(direction)}", tip="the header cannot be repaired; convert the image again from its source")
+        raise GeometryError(
+            f"direction cosines are singular: {tuple(direction)}", tip="the header cannot be repaired; convert the image again from its source"
+        )
     u, _, vt = np.linalg.svd(d / np.linalg.norm(d, axis=0))
     return tuple((u @ vt).ravel().tolist())
 

@@ -104,9 +104,7 @@ def warp_labels(labels: Labels, transform: Transform, grid: Grid, vote: bool = T
     return Labels(out.reshape(-1, *grid.shape), grid, labels.dtype, labels.time)
 
 
-def moving_indices(
-    moving: Grid, transform: Transform, grid: Grid, device: torch.device | None = None
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def moving_indices(moving: Grid, transform: Transform, grid: Grid, device: torch.device | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
     """Slab by slab over `grid`: (which voxels, (P, D) indices in `moving` that the transform sends them to), in float64 where the device can."""
     to_index = Affine(moving.inverse_matrix, -moving.inverse_matrix @ np.array(moving.origin))
     for part, points in grid_points(grid, transform, device):

@@ -18,7 +18,9 @@ def read_series(folder: Path) -> sitk.Image:
     """The series of `folder` with the most slices. Warns of other series and of uneven slice distances; InputError where there is none."""
     series = {s: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), s) for s in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))}
     if not series:
-        raise InputError(f"{folder} is a folder without a DICOM series", tip="name an image file, or a folder that holds the .dcm files of one series")
+        raise InputError(
+            f"{folder} is a folder without a DICOM series", tip="name an image file, or a folder that holds the .dcm files of one series"
+        )
     files = max(series.values(), key=len)
     if len(series) > 1:
         log.warning("%s holds %d DICOM series; the one with the most slices (%d) is read", folder, len(series), len(files))
@@ -31,7 +33,9 @@ def read_series(folder: Path) -> sitk.Image:
     if len(files) > 2:
         gaps = np.linalg.norm(np.diff([_position(f) for f in files], axis=0), axis=1)
         if np.ptp(gaps) > UNEVEN * gaps.max():
-            log.warning("%s: slices lie %.3g to %.3g mm apart; a slice may be missing, positions between them are not exact", folder, gaps.min(), gaps.max())
+            log.warning(
+                "%s: slices lie %.3g to %.3g mm apart; a slice may be missing, positions between them are not exact", folder, gaps.min(), gaps.max()
+            )
     return image
 
 

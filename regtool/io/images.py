@@ -179,7 +179,8 @@ def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
                 with nifti.permissive():
                     return sitk.ReadImage(str(path)), True
             raise GeometryError(
-                f"{path}: direction cosines are not orthonormal (off by {angle:.3g} degrees)", tip="--fix-header replaces them by the nearest rotation"
+                f"{path}: direction cosines are not orthonormal (off by {angle:.3g} degrees)",
+                tip="--fix-header replaces them by the nearest rotation",
             ) from error
         if "spacing" in str(error).lower():
             raise GeometryError(f"{path}: voxel spacing is zero", tip="correct the spacing in the header; without it nothing is in mm") from error
@@ -220,9 +221,7 @@ def _tip(path: Path) -> str:
     return "the file is damaged or not what its name says; copy or export it again"
 
 
-def _unpacked(
-    source: sitk.Image, path: Path, fix_header: bool, fixed: bool
-) -> tuple[np.ndarray, Grid, tuple[float, float] | None, int | None]:
+def _unpacked(source: sitk.Image, path: Path, fix_header: bool, fixed: bool) -> tuple[np.ndarray, Grid, tuple[float, float] | None, int | None]:
     """((C, *shape) array, or (1, *shape, components) where there are several; grid; time axis; number of components)."""
     time: tuple[float, float] | None = None
     frames = [source]
@@ -232,7 +231,10 @@ def _unpacked(
         size = list(source.GetSize())
         if size[-1] > 1:
             time = (source.GetSpacing()[-1] or 1.0, source.GetOrigin()[-1])
-        frames = [sitk.Extract(source, [*size[:-1], 0], [0] * len(size[:-1]) + [t], sitk.ExtractImageFilter.DIRECTIONCOLLAPSETOSUBMATRIX) for t in range(size[-1])]
+        frames = [
+            sitk.Extract(source, [*size[:-1], 0], [0] * len(size[:-1]) + [t], sitk.ExtractImageFilter.DIRECTIONCOLLAPSETOSUBMATRIX)
+            for t in range(size[-1])
+        ]
     grid = _grid(frames[0], path, fix_header and not fixed)
     several = source.GetNumberOfComponentsPerPixel()
     arrays = [sitk.GetArrayViewFromImage(f) for f in frames]

@@ -80,7 +80,7 @@ def read_card(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: the model card is damaged", tip="copy the file again") from error
     _check_card(card, path)
-    return card  # type: ignore[no-any-return]
+    return card
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +132,7 @@ def _header(path: Path) -> dict[str, Any]:
     if size != expected:
         what = "cut off" if size < expected else "longer than its header says"
         raise ModelError(f"{path} is {what}: {size} bytes, expected {expected}", tip="copy or download it again")
-    return header  # type: ignore[no-any-return]
+    return header
 
 
 def _check_card(card: Any, path: Path) -> None:

@@ -32,7 +32,7 @@ BLOCK = 8 << 20
 def write(array: np.ndarray, grid: Grid, time: tuple[float, float] | None, path: Path, vector: bool) -> None:
     """(C, *shape) array: C components of a vector image, or C time points, or one channel. `.nii` or `.nii.gz`."""
     header = _header(array.dtype, len(array), grid, time, vector)
-    body = memoryview(np.ascontiguousarray(array)).cast("B")
+    body = np.ascontiguousarray(array).data.cast("B")
     if path.name.endswith(".gz"):
         with igzip_threaded.open(path, "wb", compresslevel=1, threads=min(4, os.cpu_count() or 1), block_size=BLOCK) as f:
             f.write(header)

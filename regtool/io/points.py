@@ -301,7 +301,7 @@ def _numbers(rows: Sequence[tuple[int, Sequence[str]]], path: Path) -> Array:
         for cell in cells:
             if not _is_number(cell):
                 raise InputError(f"{path}:{line}: {cell.strip()!r} is not a finite number")
-    return np.array([[float(c) for c in cells] for _, cells in rows], dtype=np.float64).reshape(len(rows), -1)
+    return np.array([[float(c) for c in cells] for _, cells in rows], dtype=np.float64).reshape(-1, len(rows[0][1]) if rows else len(COORDINATES))
 
 
 def _is_number(cell: str) -> bool:

@@ -17,9 +17,7 @@ from regtool.io.itk_transforms import to_sitk_transform
 INTERPOLATORS = {"nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline}
 
 
-def warp_with(
-    image: Image, transform: Transform, grid: Grid, interpolation: Literal["nearest", "bspline"], outside: float | None = None
-) -> Image:
+def warp_with(image: Image, transform: Transform, grid: Grid, interpolation: Literal["nearest", "bspline"], outside: float | None = None) -> Image:
     """`warped(x) = image(T(x))` on `grid`, each channel by itself, with the nearest voxel or a cubic B-spline (which may overshoot).
 
     outside: the value beyond the image, default its minimum. GeometryError where dimensions disagree.

@@ -13,7 +13,7 @@ from regtool.geometry.sampling import displacement_on
 from regtool.io.elastix import is_elastix, read_elastix, write_transformix
 from regtool.io.files import require_file
 from regtool.io.images import read_displacement, suffix_of, write_displacement
-from regtool.io.intact import check_complete, nifti_kind
+from regtool.io.intact import nifti_kind, safe_for_itk
 from regtool.io.itk_transforms import read_itk, write_h5, write_itk
 
 log = logging.getLogger("regtool")
@@ -139,7 +139,6 @@ def _storable(transform: Transform, grid: Grid | None) -> Transform:
 def _read_field(path: Path) -> DisplacementField:
     """A field image; NIfTI files are looked at first, for what ITK makes of them may be a surprise."""
     if suffix_of(path) in (".nii", ".nii.gz"):
-        check_complete(path)
         dimensions, intent = nifti_kind(path)
         if dimensions == 5 and intent not in (INTENT_VECTOR, INTENT_DISPLACEMENT):
             raise InputError(
@@ -148,7 +147,8 @@ def _read_field(path: Path) -> DisplacementField:
             )
         if intent == INTENT_DISPLACEMENT:
             log.warning("%s: intent code 1006 means RAS vectors (NIfTI standard); x and y are negated to LPS, as ITK does", path)
-    return read_displacement(path)
+    with safe_for_itk(path) as file:
+        return read_displacement(file)
 
 
 def _in_folder(folder: Path) -> Path:

@@ -51,4 +51,4 @@ class UNet(nn.Module):
             x = activate(self.last_up(x, raw))
         for conv in self.full:
             x = activate(conv(x))
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)

@@ -62,7 +62,7 @@ def _shift(from_point: Array, to_point: Array, initial: Transform) -> Affine:
 
 
 def _centre_of_mass(image: Image) -> Array:
-    """mm LPS; the weights are the scaled intensities."""
+    """Mm LPS; the weights are the scaled intensities."""
     grid: Grid = image.grid
     weights = image.data[0].double()
     total = float(weights.sum())

@@ -92,16 +92,19 @@ def _published(layers: list[Convolution], source: Path) -> tuple[Engine, Paramet
     shapes = ", ".join("x".join(map(str, layer.kernel.shape)) for layer in layers[:3])
     raise ModelError(
         f"{source} is another network than VoxelMorph-1 or -2 of CVPR 2018: {len(layers)} convolutions, the first {shapes}",
-        tip="later VoxelMorph releases changed the network; train it anew with `regtool train -m voxelmorph`",
+        tip="only the CVPR 2018 network can be imported; later VoxelMorph releases changed it",
     )
 
 
+FREESURFER_TOP = 0.46667  # where the 99.9th percentile of a T1 brain lies then: white matter is set to 110 of 255, the brightest reach 119
+
+
 def _as_published(variant: str) -> Parameters:
-    """What the authors did: 1 mm voxels, intensities as they are (in [0, 1]: FreeSurfer-normalised values / 255), LNCC over 9 voxels."""
+    """What the authors did, 1 mm voxels and LNCC over 9, but for images in any unit: theirs were FreeSurfer-normalised T1 divided by 255."""
     return Parameters(
         method="voxelmorph",
         grid=Grid(spacing_mm=1.0),
-        preprocess=Preprocess(intensity="none"),
+        preprocess=Preprocess(intensity="percentile", percentiles=(0.0, 99.9), top=FREESURFER_TOP),
         engine={"variant": variant, "integration_steps": 0},
         similarity=Similarity(name="lncc", window=9),
         regularity=Regularity(name="diffusion", weight={"vm1": 1.0, "vm2": 1.5}[variant]),

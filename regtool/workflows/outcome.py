@@ -18,7 +18,7 @@ from regtool.io.files import explained, sha256, staged_folder, write_text
 from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
 from regtool.metrics.landmarks import tre
-from regtool.metrics.overlap import dice
+from regtool.metrics.overlap import counts, dice
 from regtool.parameters import Quality, dump
 from regtool.report.page import PageContent, qc_html, qc_png
 from regtool.workflows.pair import Clock, Registered
@@ -64,7 +64,7 @@ def evaluated(labels: tuple[Labels, Labels] | None, landmarks: tuple[Landmarks, 
     if labels is not None:
         fixed, moving = labels
         warped = warp_labels(moving, found, fixed.grid, vote=False)
-        present = set(fixed.data.unique().tolist()) & set(moving.data.unique().tolist())
+        present = counts(fixed.data.flatten()).keys() & counts(moving.data.flatten()).keys()
         for out, carried in ((before, warp_labels(moving, start, fixed.grid, vote=False)), (after, warped)):
             overlap = dice(fixed, carried, present)
             out["dice"] = {"mean": overlap.mean, "labels": {str(k): v for k, v in overlap.labels.items()}}
@@ -94,7 +94,9 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "status": "ok" if all(passed for *_, passed in checks) else "qc_failed",
         "method": parameters.method,
-        "model": {"name": card["name"], "sha256": sha256(outcome.resolved.model)} if card and outcome.resolved.model else {"name": "learned on this pair"},
+        "model": {"name": card["name"], "sha256": sha256(outcome.resolved.model)}
+        if card and outcome.resolved.model
+        else {"name": "learned on this pair"},
         "fixed": _described(outcome.fixed_source, outcome.fixed),
         "moving": _described(outcome.moving_source, outcome.moving),
         "outputs": {},
@@ -134,7 +136,8 @@ def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshol
             if outcome.evaluation.warped_labels is not None:
                 files["warped_labels"] = f"warped_labels.{run.format}"
                 write_labels(outcome.evaluation.warped_labels, stage / files["warped_labels"])
-            opening = f"Repeats this registration:\nregtool register {_name(outcome.fixed_source)} {_name(outcome.moving_source)} -p parameters.toml -o AGAIN"
+            pair = f"{_name(outcome.fixed_source)} {_name(outcome.moving_source)}"
+            opening = f"Repeats this registration:\nregtool register {pair} -p parameters.toml -o AGAIN"
             write_text(stage / "parameters.toml", dump(outcome.resolved.parameters, opening, outcome.resolved.engine_parameters))
         report["folder"], report["outputs"] = str(output.resolve()), files
         if run.qc:

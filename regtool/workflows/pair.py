@@ -79,11 +79,14 @@ def check_pair(fixed: Image, moving: Image) -> None:
     """GeometryError for different dimensions, InputError for an image without contrast."""
     if fixed.grid.ndim != moving.grid.ndim:
         raise GeometryError(
-            f"the fixed image is {fixed.grid.ndim}-D, the moving image {moving.grid.ndim}-D", tip="register images of one dimension; one-slice volumes count as 2-D"
+            f"the fixed image is {fixed.grid.ndim}-D, the moving image {moving.grid.ndim}-D",
+            tip="register images of one dimension; one-slice volumes count as 2-D",
         )
     for name, image in (("fixed", fixed), ("moving", moving)):
         if float(image.data.max()) == float(image.data.min()):
-            raise InputError(f"the {name} image is constant ({image.minimum:g} everywhere): there is nothing to register", tip="check the file and its window")
+            raise InputError(
+                f"the {name} image is constant ({image.minimum:g} everywhere): there is nothing to register", tip="check the file and its window"
+            )
 
 
 def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Registered:
@@ -108,8 +111,8 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Re
     start = time.perf_counter()
     with clock("network"):
         engine, losses = _engine(f, m, setup)
-        with torch.inference_mode():
-            u = engine.displacement(f, m)
+        with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=parameters.run.precision == "bf16"):
+            u = engine.displacement(f, m).float()
         if not bool(torch.isfinite(u).all()):
             raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
         network_field, repaired = _repaired(DisplacementField.from_voxels(u.cpu(), grid), parameters)
@@ -141,7 +144,9 @@ def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[Displac
     return DisplacementField.from_voxels(unfolded(field.to_voxels()), field.grid), f"folds in {before:.3g} % of the voxels repaired"
 
 
-def _keep_alignment(f: torch.Tensor, moving: Image, before: Transform, aligned: Transform, grid: Grid, setup: Setup) -> tuple[torch.Tensor, float, bool]:
+def _keep_alignment(
+    f: torch.Tensor, moving: Image, before: Transform, aligned: Transform, grid: Grid, setup: Setup
+) -> tuple[torch.Tensor, float, bool]:
     """(moving tensor, its similarity, whether the alignment stays): an alignment that lowers the similarity goes."""
     parameters = setup.parameters
     tensors = [to_network(moving, t, grid, parameters.preprocess).to(setup.device) for t in (before, aligned)]
@@ -167,9 +172,12 @@ def _score(f: torch.Tensor, m: torch.Tensor, parameters: Parameters) -> float:
 
 def _check_overlap(fixed: Grid, moving: Grid, transform: Transform) -> None:
     """GeometryError where no fixed voxel lands in the moving image."""
-    if not any(bool(moving.contains(transform_points(transform, points.numpy())).any()) for _, points in grid_points(lattice(fixed), stay(fixed.ndim))):
+    if not any(
+        bool(moving.contains(transform_points(transform, points.numpy())).any()) for _, points in grid_points(lattice(fixed), stay(fixed.ndim))
+    ):
         raise GeometryError(
-            "the images do not overlap in physical space", tip="--align auto or center brings their centres together; `regtool doctor` shows both geometries"
+            "the images do not overlap in physical space",
+            tip="--align auto or center brings their centres together; `regtool doctor` shows both geometries",
         )
 
 

@@ -58,7 +58,9 @@ def plan_grid(fixed: Grid, moving: Grid, parameters: Parameters, training: bool,
         if need <= limit_bytes:
             break
         if grid.voxels <= 64:
-            raise OutOfMemory(f"--max-memory {limit_bytes / 2**30:.2g} GB is too little: this pair needs {need / 2**30:.2g} GB at least", tip="give it more memory")
+            raise OutOfMemory(
+                f"--max-memory {limit_bytes / 2**30:.2g} GB is too little: this pair needs {need / 2**30:.2g} GB at least", tip="give it more memory"
+            )
         grid = network_grid(fixed, parameters.grid, max(64, int(grid.voxels * 0.8)))
     if grid is not first:
         log.warning("network grid lowered from %s to %s voxels to stay under %.3g GB", first.size, grid.size, limit_bytes / 2**30)

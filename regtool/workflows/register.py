@@ -87,10 +87,21 @@ def register(request: Request, progress: Progress | None = None) -> Result:
             together = warp(moving, Transform((done[0].displacement,)), fixed.grid, run.outside, device).data if len(done) == 1 else torch.cat(frames)
             warped = Image(together, fixed.grid, moving.time)
         evaluation = evaluated(labels, landmarks, initial or stay(fixed.grid.ndim), done[0].transform)
-        sources = [x if isinstance(x, Path) else None for x in (request.fixed, request.moving)]
         outcome = Outcome(
-            *sources, fixed, moving, warped, tuple(done), resolved, device, evaluation, request.command, warnings, clock, started
-        )  # fmt: skip
+            request.fixed if isinstance(request.fixed, Path) else None,
+            request.moving if isinstance(request.moving, Path) else None,
+            fixed,
+            moving,
+            warped,
+            tuple(done),
+            resolved,
+            device,
+            evaluation,
+            request.command,
+            warnings,
+            clock,
+            started,
+        )
         checks = thresholds(outcome)
         report = report_of(outcome, checks)
         if request.output is not None:

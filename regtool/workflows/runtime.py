@@ -67,7 +67,9 @@ def out_of_memory_explained() -> Iterator[None]:
         text = str(error)
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
             raise
-        raise OutOfMemory("the work does not fit into memory", tip="lower --max-memory (the network grid is coarsened to fit) or set --set grid.max_voxels=N") from error
+        raise OutOfMemory(
+            "the work does not fit into memory", tip="lower --max-memory (the network grid is coarsened to fit) or set --set grid.max_voxels=N"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -29,7 +29,9 @@ def random_affine(ndim: int, seed: int) -> Affine:
 def test_resample_equals_sitk(ndim: int, orientation: str, seed: int) -> None:
     fixed, moving = random_grid(ndim, orientation, seed), random_image(random_grid(ndim, "oblique", seed + 50), seed)
     ours = resample(moving, fixed, outside=-7.0).data[0].numpy()
-    oracle = sitk.Resample(to_sitk(moving.data[0].numpy(), moving.grid), to_sitk(np.zeros(fixed.shape), fixed), sitk.Transform(), sitk.sitkLinear, -7.0)
+    oracle = sitk.Resample(
+        to_sitk(moving.data[0].numpy(), moving.grid), to_sitk(np.zeros(fixed.shape), fixed), sitk.Transform(), sitk.sitkLinear, -7.0
+    )
     spread = float(moving.data.max() - moving.data.min())
     assert np.abs(ours - sitk.GetArrayFromImage(oracle)).max() <= 1e-5 * spread
     assert (ours != -7.0).any()
@@ -40,7 +42,9 @@ def test_warp_equals_sitk_through_a_field_on_a_third_grid(ndim: int, orientation
     fixed, moving = random_grid(ndim, orientation, seed), random_image(random_grid(ndim, "oblique", seed + 50), seed)
     field = smooth_field(random_grid(ndim, orientation, seed + 90, low=5, high=9), 4.0, seed)
     ours = warp(moving, Transform((field,)), fixed, outside=0.5).data[0].numpy()
-    oracle = sitk.Resample(to_sitk(moving.data[0].numpy(), moving.grid), to_sitk(np.zeros(fixed.shape), fixed), sitk_field(field), sitk.sitkLinear, 0.5)
+    oracle = sitk.Resample(
+        to_sitk(moving.data[0].numpy(), moving.grid), to_sitk(np.zeros(fixed.shape), fixed), sitk_field(field), sitk.sitkLinear, 0.5
+    )
     spread = float(moving.data.max() - moving.data.min())
     assert np.abs(ours - sitk.GetArrayFromImage(oracle)).max() <= 1e-5 * spread
 

@@ -1,7 +1,7 @@
 """Runs in the environment of the other tools (antspyx, itk-elastix), never in regtool's: warps one image with one transform.
 
-    python foreign.py ants FIXED MOVING OUT TRANSFORM...         python foreign.py transformix MOVING OUT PARAMETERS
-    python foreign.py points PARAMETERS IMAGE POINTS OUT         (transformix on a point file)
+python foreign.py ants FIXED MOVING OUT TRANSFORM...         python foreign.py transformix MOVING OUT PARAMETERS
+python foreign.py points PARAMETERS IMAGE POINTS OUT         (transformix on a point file)
 """
 
 from __future__ import annotations

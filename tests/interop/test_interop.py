@@ -1,4 +1,7 @@
-"""What regtool writes, applied by ANTs and transformix themselves. Needs a Python with antspyx and itk-elastix: REGTOOL_INTEROP_PYTHON=/path/to/python."""
+"""What regtool writes, applied by ANTs and transformix themselves.
+
+REGTOOL_INTEROP_PYTHON names a Python with antspyx and itk-elastix: `REGTOOL_INTEROP_PYTHON=/path/to/python pytest -m interop -s tests/interop`.
+"""
 
 from __future__ import annotations
 

@@ -278,7 +278,13 @@ def test_every_axis_order_is_the_same_physical_image(name: str) -> None:
 @pytest.mark.data
 @pytest.mark.parametrize(
     "name",
-    ["formats/dicom_series", "formats/dicom_single/MR_small.dcm", "formats/nibabel/example4d.nii.gz", "formats/niivue/ras.hdr", "formats/niivue/FLAIR.nrrd"],
+    [
+        "formats/dicom_series",
+        "formats/dicom_single/MR_small.dcm",
+        "formats/nibabel/example4d.nii.gz",
+        "formats/niivue/ras.hdr",
+        "formats/niivue/FLAIR.nrrd",
+    ],
 )
 def test_real_formats(name: str) -> None:
     image = read_image(DATA / name)
