@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,20 +61,23 @@ def antialiased(image: Image, grid: Grid) -> Image:
     """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = 0.18 (ratio^2 - 1) voxels."""
     directions = image.grid.rotation.T @ grid.rotation  # moving axes in terms of the grid's axes
     reach = 1 / np.sqrt(((directions / np.array(grid.spacing)) ** 2).sum(axis=1))  # grid spacing along each image axis
-    data = image.data
+    data, size, spacing = image.data, list(image.grid.size), list(image.grid.spacing)
     for component, ratio in enumerate(reach / np.array(image.grid.spacing)):
         if ratio > 1.2:
-            data = _blurred(data, data.dim() - 1 - component, float(np.sqrt(0.18 * (ratio**2 - 1))))
-    return Image(data, image.grid)
+            stride = max(1, int(ratio / 2))  # still twice as fine as the grid
+            data = _blurred(data, data.dim() - 1 - component, float(np.sqrt(0.18 * (ratio**2 - 1))), stride)
+            size[component], spacing[component] = data.shape[data.dim() - 1 - component], spacing[component] * stride
+    return Image(data, replace(image.grid, size=tuple(size), spacing=tuple(spacing)))
 
 
-def _blurred(data: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:
-    """Gaussian along one axis, the border continued."""
+def _blurred(data: torch.Tensor, axis: int, sigma: float, stride: int) -> torch.Tensor:
+    """Gaussian along one axis, the border continued; every `stride`-th voxel of it."""
     radius = max(1, int(np.ceil(3 * sigma)))
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=data.dtype) / sigma) ** 2)
     rows = data.movedim(axis, -1)
     padded = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="replicate")
-    return F.conv1d(padded, (kernel / kernel.sum()).reshape(1, 1, -1)).reshape(rows.shape).movedim(-1, axis).contiguous()
+    smooth = F.conv1d(padded, (kernel / kernel.sum()).reshape(1, 1, -1), stride=stride)
+    return smooth.reshape(*rows.shape[:-1], smooth.shape[-1]).movedim(-1, axis).contiguous()
 
 
 def _size(fixed: Grid, spacing: np.ndarray) -> np.ndarray:

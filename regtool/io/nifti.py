@@ -7,12 +7,9 @@ the voxels go through isal, some twenty times faster than ITK's gzip.
 from __future__ import annotations
 
 import contextlib
-import gzip
-import math
 import os
 import struct
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,44 +63,25 @@ def _header(dtype: np.dtype, channels: int, grid: Grid, time: tuple[float, float
 
 def directions(path: Path) -> tuple[float, ...]:
     """The (3, 3) axis vectors of the s-form, row-major, as they stand in the header."""
-    header = _raw_header(path)
-    order = "<" if struct.unpack_from("<i", header)[0] == HEADER else ">"
+    header = read_header(path)
+    order = byte_order(header) or "<"
     rows = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)
     return tuple(rows[:, :3].ravel().tolist())
 
 
 def spacings(path: Path) -> tuple[float, ...]:
     """Voxel sizes as they stand in the header, of the axes with more than one voxel. (ITK reads a zero as 1 mm and says nothing.)"""
-    header = _raw_header(path)
-    order = "<" if struct.unpack_from("<i", header)[0] == HEADER else ">"
+    header = read_header(path)
+    order = byte_order(header) or "<"
     sizes = struct.unpack_from(f"{order}8h", header, 40)
     steps = struct.unpack_from(f"{order}8f", header, 76)
     return tuple(steps[axis] for axis in range(1, min(sizes[0], Grid.MAX_DIMENSION) + 1) if sizes[axis] > 1)
 
 
-def check_whole(path: Path) -> None:
-    """InputError for a file that ends too early or fails its checksum. (ITK reads zeros instead of what is missing and says nothing.)"""
-    try:
-        if path.name.lower().endswith(".gz"):
-            with igzip.open(path) as f:
-                found = sum(len(block) for block in iter(lambda: f.read(BLOCK), b""))
-        else:
-            found = path.stat().st_size
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path} is damaged: {str(error) or 'it ends too early'}", tip="copy or download it again") from error
-    header = _raw_header(path)
-    order = "<" if struct.unpack_from("<i", header)[0] == HEADER else ">"
-    ndim, *sizes = struct.unpack_from(f"{order}8h", header, 40)
-    bits, offset = struct.unpack_from(f"{order}h", header, 72)[0], struct.unpack_from(f"{order}f", header, 108)[0]
-    single = header[344:347] == b"n+1"  # else the voxels are in another file
-    if single and 0 < ndim <= 7 and found < offset + math.prod(max(n, 1) for n in sizes[:ndim]) * bits // 8:
-        raise InputError(f"{path} is damaged: it ends before its last voxel", tip="copy or download it again")
-
-
 def is_nifti2(path: Path) -> bool:
     """Whether the header is NIfTI-2's, 540 bytes long."""
     try:
-        header = _raw_header(path)
+        header = read_header(path)
     except InputError:
         return False
     return struct.unpack_from("<i", header)[0] == 540 or struct.unpack_from(">i", header)[0] == 540
@@ -134,12 +112,18 @@ def itk_reason(error: RuntimeError) -> str:
     return (tail if "(0x" in head else last).strip() or "unknown reason"
 
 
-def _raw_header(path: Path) -> bytes:
+def read_header(path: Path) -> bytes:
+    """The first 348 bytes, unpacked; InputError where there are fewer."""
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as f:
-            header = f.read(HEADER)
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: damaged file") from error
+        with igzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as f:
+            header: bytes = f.read(HEADER)
+    except (OSError, EOFError) as error:  # igzip's own errors are OSErrors
+        raise InputError(f"{path} is truncated or damaged: {error}", tip="copy or export it again") from error
     if len(header) < HEADER:
-        raise InputError(f"{path}: the file ends inside its header")
+        raise InputError(f"{path} is truncated: it ends inside its header", tip="copy or export it again")
     return header
+
+
+def byte_order(header: bytes) -> str | None:
+    """`<` or `>` of a NIfTI-1 header, None for anything else."""
+    return next((order for order in "<>" if struct.unpack_from(f"{order}i", header)[0] == HEADER), None)

@@ -13,7 +13,7 @@ from regtool.geometry.sampling import displacement_on
 from regtool.io.elastix import is_elastix, read_elastix, write_transformix
 from regtool.io.files import require_file
 from regtool.io.images import read_displacement, suffix_of, write_displacement
-from regtool.io.intact import nifti_kind, safe_for_itk
+from regtool.io.intact import nifti_kind
 from regtool.io.itk_transforms import read_itk, write_h5, write_itk
 
 log = logging.getLogger("regtool")
@@ -147,8 +147,7 @@ def _read_field(path: Path) -> DisplacementField:
             )
         if intent == INTENT_DISPLACEMENT:
             log.warning("%s: intent code 1006 means RAS vectors (NIfTI standard); x and y are negated to LPS, as ITK does", path)
-    with safe_for_itk(path) as file:
-        return read_displacement(file)
+    return read_displacement(path)
 
 
 def _in_folder(folder: Path) -> Path:

@@ -111,7 +111,7 @@ def displacement_length(field: DisplacementField) -> tuple[float, float]:
     """Mean and maximum of |u| in mm, slab by slab so that no second field is made."""
     total, largest = 0.0, 0.0
     for row in range(field.grid.shape[0]):
-        length = torch.linalg.vector_norm(field.data[:, row], dim=0)
+        length = field.data[:, row].square().sum(dim=0).sqrt()
         total += float(length.sum(dtype=torch.float64))
         largest = max(largest, float(length.max()))
     return total / field.grid.voxels, largest

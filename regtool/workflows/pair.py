@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -94,20 +94,16 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Re
     parameters = setup.parameters
     check_pair(fixed, moving)
     before = setup.initial or stay(fixed.grid.ndim)
-    with clock("align"):
-        start = time.perf_counter()
-        found = align(fixed, moving, parameters.align.method, before)
-        aligned = Transform((found.affine,)).then(before).simplified()
-        align_seconds = time.perf_counter() - start
     training = setup.engine is None
     grid, need = plan_grid(fixed.grid, moving.grid, parameters, training, memory_limit_bytes(parameters.run.max_memory_gb))
     with clock("align"):
+        start = time.perf_counter()
         f = to_network(fixed, stay(grid.ndim), grid, parameters.preprocess).to(setup.device)
-        m, score, kept = _keep_alignment(f, moving, before, aligned, grid, setup)
-    current = aligned if kept else before
+        m = to_network(moving, before, grid, parameters.preprocess).to(setup.device)
+        first = score = _score(f, m, parameters)
+        current, m, score, stage = _aligned(fixed, moving, f, m, score, before, grid, setup)
+        stages = [replace(stage, seconds=time.perf_counter() - start)]
     _check_overlap(fixed.grid, moving.grid, current)
-    stages = [Stage("align", kept and found.name != "none", align_seconds, score, found.name if kept else f"{found.name} did not help")]
-    first = _score(f, m if current is before else to_network(moving, before, grid, parameters.preprocess).to(setup.device), parameters)
     start = time.perf_counter()
     with clock("network"):
         engine, losses = _engine(f, m, setup)
@@ -115,10 +111,9 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Re
             u = engine.displacement(f, m).float()
         if not bool(torch.isfinite(u).all()):
             raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
-        network_field, repaired = _repaired(DisplacementField.from_voxels(u.cpu(), grid), parameters)
+        network_field, folding, repaired = _repaired(DisplacementField.from_voxels(u.cpu(), grid), parameters)
         candidate = Transform((network_field,)).then(current).simplified()
         after = _score(f, to_network(moving, candidate, grid, parameters.preprocess).to(setup.device), parameters)
-        folding = jacobian_statistics(jacobian_determinant(network_field)).folding_percent
     why = objection(score, after, folding, parameters.guard.max_folding_percent)
     stages.append(Stage("network", not why, time.perf_counter() - start, score if why else after, why or repaired))
     if why:
@@ -136,23 +131,34 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Re
     )
 
 
-def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[DisplacementField, str]:
-    """The field without its folds, and what was done."""
-    before = jacobian_statistics(jacobian_determinant(field)).folding_percent
+def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[DisplacementField, float, str]:
+    """The field without its folds, the percentage of voxels that fold still, and what was done."""
+    before = _folding_percent(field)
     if before == 0 or not parameters.guard.repair_folds:
-        return field, ""
-    return DisplacementField.from_voxels(unfolded(field.to_voxels()), field.grid), f"folds in {before:.3g} % of the voxels repaired"
+        return field, before, ""
+    repaired = DisplacementField.from_voxels(unfolded(field.to_voxels()), field.grid)
+    return repaired, _folding_percent(repaired), f"folds in {before:.3g} % of the voxels repaired"
 
 
-def _keep_alignment(
-    f: torch.Tensor, moving: Image, before: Transform, aligned: Transform, grid: Grid, setup: Setup
-) -> tuple[torch.Tensor, float, bool]:
-    """(moving tensor, its similarity, whether the alignment stays): an alignment that lowers the similarity goes."""
+def _folding_percent(field: DisplacementField) -> float:
+    return jacobian_statistics(jacobian_determinant(field)).folding_percent
+
+
+def _aligned(
+    fixed: Image, moving: Image, f: torch.Tensor, m: torch.Tensor, score: float, before: Transform, grid: Grid, setup: Setup
+) -> tuple[Transform, torch.Tensor, float, Stage]:
+    """(transform so far, moving tensor, similarity, stage): an alignment that was not asked for by name must not lower the similarity."""
     parameters = setup.parameters
-    tensors = [to_network(moving, t, grid, parameters.preprocess).to(setup.device) for t in (before, aligned)]
-    scores = [_score(f, t, parameters) for t in tensors]
-    kept = parameters.align.method not in ("auto", "none") or not objection(scores[0], scores[1], 0, 100)
-    return tensors[int(kept)], scores[int(kept)], kept
+    found = align(fixed, moving, parameters.align.method, before)
+    if found.name == "none":
+        return before, m, score, Stage("align", False, 0, score, "the headers already agree" if found.similarity else "not asked for")
+    transform = Transform((found.affine,)).then(before).simplified()
+    moved = to_network(moving, transform, grid, parameters.preprocess).to(setup.device)
+    after = _score(f, moved, parameters)
+    why = objection(score, after, 0, 100) if parameters.align.method == "auto" else ""
+    if why:
+        return before, m, score, Stage("align", False, 0, score, f"{found.name}: {why}")
+    return transform, moved, after, Stage("align", True, 0, after, found.name)
 
 
 def _engine(f: torch.Tensor, m: torch.Tensor, setup: Setup) -> tuple[Engine, tuple[float, ...]]:

@@ -222,7 +222,7 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "notes.docx").write_text("hello")
     (tmp_path / "pickle.mha").write_bytes(b"\x80\x04\x95")
     (tmp_path / "folder").mkdir()
-    cases = {"missing.nii": "not found", "empty.nii": "empty file", "cut.nii.gz": "damaged", "cut.nii": "damaged", "text.nrrd": "cannot be read"}
+    cases = {"missing.nii": "not found", "empty.nii": "empty file", "cut.nii.gz": "truncated", "cut.nii": "truncated", "text.nrrd": "cannot be read"}
     cases |= {"notes.docx": "cannot be read", "pickle.mha": "cannot be read", "folder": "without a DICOM series"}
     for name, words in cases.items():
         with pytest.raises(InputError, match=words) as error:

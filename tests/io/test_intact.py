@@ -60,7 +60,7 @@ def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_nifti_is_left_to_the_reader(tmp_path: Path) -> None:
-    (tmp_path / "a.nii").write_text("hello")
+    (tmp_path / "a.nii").write_text("hello" * 100)
     check_complete(tmp_path / "a.nii")
     assert nifti_kind(tmp_path / "a.nii") == (0, 0)
     with safe_for_itk(tmp_path / "a.mha") as file:
