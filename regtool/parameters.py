@@ -11,17 +11,19 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from regtool.errors import ParameterError, did_you_mean
 
 FORMAT = 1
+MOST_THREADS = 1024  # with tens of thousands the thread library aborts the process
+LARGEST_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
     """A section of the file: immutable, and no key that is not declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -47,6 +49,13 @@ class Preprocess(Section):
     percentiles: tuple[float, float] = Field((0.0, 99.9), description="lower and upper percentile of each image")
     top: float = Field(1.0, gt=0, description="what the upper end becomes instead of 1, for networks trained on another scale")
 
+    @field_validator("percentiles")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 100:
+            raise ValueError("expected two numbers from 0 to 100, the lower one first")
+        return value
+
 
 class Similarity(Section):
     """What a good match is. Also what the guard and the report measure."""
@@ -56,6 +65,13 @@ class Similarity(Section):
     )
     window: int = Field(9, ge=3, description="voxels across the window of lncc, odd")
     weight: float = Field(1.0, gt=0, description="factor of the similarity term")
+
+    @field_validator("window")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("expected an odd number")
+        return value
 
 
 class Regularity(Section):
@@ -104,8 +120,8 @@ class Run(Section):
 
     model: str | None = Field(None, description="model file or name; left out: learn on the pair")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
-    threads: int | None = Field(None, ge=1, description="CPU threads; left out: all cores")
-    seed: int = Field(0, ge=0, description="of every random number")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")
     precision: Literal["float32", "bf16"] = Field("float32", description="of the network alone; bf16 is faster on CPUs and GPUs that have it")
     max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid until the plan fits; left out: what the machine has free")
     initial_transform: str | None = Field(None, description="transform file applied before everything else")
@@ -169,20 +185,27 @@ def explained(
     trouble = error.errors()[0]
     where = [str(p) for p in trouble["loc"] if not isinstance(p, int)]
     key = ".".join([*([prefix] if prefix else []), *where])
-    by_override = next((o for o in overrides if o.split("=")[0].strip() == key), None)
+    by_override = next((o for o in reversed(overrides) if _within(o.partition("=")[0].strip(), key)), None)
     if by_override is not None:
         place = f"--set {by_override}"
     else:
-        place = f"{path}:{lines[key]}" if path and key in lines else str(path) if path else "parameters"
+        line = lines.get(key) or next((number for name, number in lines.items() if _within(name, key)), None)
+        place = f"{path}:{line}" if path and line else str(path) if path else "parameters"
     if trouble["type"] == "extra_forbidden":
         message = f"unknown parameter; {did_you_mean(where[-1], known_keys(schema, where[:-1]))}"
     else:
-        message = f"{trouble['msg'][0].lower()}{trouble['msg'][1:]}, got {trouble['input']!r}"
+        text = trouble["msg"].removeprefix("Value error, ")
+        message = f"{text[0].lower()}{text[1:]}, got {trouble['input']!r}"
     more = len(error.errors()) - 1
     return ParameterError(
         f"{place}: {key}: {message}" + (f" (and {more} more)" if more else ""),
         tip="`regtool parameters init METHOD` prints every parameter with its meaning",
     )
+
+
+def _within(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one is a section of the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def known_keys(schema: type[BaseModel], where: list[str]) -> list[str]:
@@ -223,7 +246,7 @@ def dump(parameters: Parameters, opening: str, engine: Section | None = None, do
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The tables of a file, and the line of each `section.key`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ParameterError(
             f"cannot read the parameter file {path}: {getattr(error, 'strerror', None) or error}", tip="-p takes a TOML file"
@@ -256,7 +279,7 @@ def _merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 def _set(values: dict[str, Any], override: str) -> None:
     """`section.key=value` into `values`; value in TOML notation, a bare word is a string."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise ParameterError(f"--set {override}: expected section.key=value", tip="for example --set oneshot.iterations=100")
     try:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
@@ -266,5 +289,5 @@ def _set(values: dict[str, Any], override: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ParameterError(f"--set {override}: {section} is no section")
+            raise ParameterError(f"--set {override}: {section} is no section", tip="`regtool parameters init METHOD` prints every parameter")
     values[name] = value

@@ -6,6 +6,10 @@ import time
 
 STARTED = time.perf_counter()
 
+import contextlib  # noqa: E402
+import io  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from types import FrameType  # noqa: E402
@@ -15,7 +19,7 @@ from rich.markup import escape  # noqa: E402
 
 from regtool.cli import doctor, jacobian, methods, models, parameters, register, transform, warp  # noqa: E402
 from regtool.cli.console import stderr  # noqa: E402
-from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, RegtoolError  # noqa: E402
+from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, GeometryError, InputError, RegtoolError  # noqa: E402
 
 DEBUG = "--debug"
 
@@ -58,20 +62,25 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = DEBUG in arguments
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name must not fail for the terminal's encoding
     try:
         code = app([a for a in arguments if a != DEBUG], standalone_mode=False, prog_name="regtool")
+        if sys.stdout is not None:
+            sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
         if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
             sys.exit(2)
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "regtool"
-        _fail(error.format_message(), f"`{path} --help` lists what it takes")
+        _fail(error.format_message().replace("Value error, ", ""), f"`{path} --help` lists what it takes")
         sys.exit(2)
     except RegtoolError as error:
         if debug:
             stderr.print_exception()
-        _fail(error.what, error.tip)
+        _fail(error.what, error.tip or _general_tip(error))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing half-written is left", None)
@@ -79,9 +88,18 @@ def main(arguments: list[str] | None = None) -> None:
     except Terminated:
         _fail("terminated; nothing half-written is left", None)
         sys.exit(EXIT_TERMINATED)
-    except BrokenPipeError:  # the reader of our stdout went away, as `| head` does
-        sys.stderr.close()
-        sys.exit(0)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer makes it an exit with code 1
+            _reader_left()
+        raise
+    except BrokenPipeError:
+        _reader_left()
+    except OSError as error:
+        if debug:
+            stderr.print_exception()
+        _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", "check free space, and the permissions of files and folders")
+        _drop_stdout()
+        sys.exit(1)
     except Exception as error:
         if debug:
             stderr.print_exception()
@@ -90,9 +108,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(what: str, tip: str | None) -> None:
-    stderr.print(f"[bold red]error:[/bold red] {escape(what)}")
-    if tip:
-        stderr.print(f"[bold]tip:[/bold] {escape(tip)}")
+    """One line, and one for the tip."""
+    for label, style, text in (("error:", "bold red", what), ("tip:", "bold", tip)):
+        if text:
+            line = re.sub(r"\s*[\r\n]+\s*", " ", text)
+            stderr.print(f"[{style}]{label}[/{style}] {escape(line)}")
+
+
+def _general_tip(error: RegtoolError) -> str:
+    """Where whoever raised the error knew none."""
+    if isinstance(error, GeometryError):
+        return "`regtool doctor FIXED MOVING` shows the geometry of a pair, `regtool transform info FILE` that of a transform"
+    if isinstance(error, InputError):
+        return "correct that file, or export it again"
+    return "`regtool --help` lists the verbs, `regtool VERB --help` what each takes"
+
+
+def _reader_left() -> None:
+    """The reader of our stdout went away, as `| head -1` does: the work is done, and nobody is there to be told."""
+    _drop_stdout()
+    sys.exit(0)
+
+
+def _drop_stdout() -> None:
+    """What is still unwritten would fail once more when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(_: int, __: FrameType | None) -> None:

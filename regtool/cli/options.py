@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from regtool.errors import UsageError
+
+MOST_THREADS, LARGEST_SEED = 1024, 2**63 - 1  # as in parameters.py, whose import alone takes 0.1 s
 IMAGES, METHOD, OUTPUT, EXTRA, RUN = "Images", "Method", "Output", "Evaluation", "Run"
 
 Fixed = Annotated[Path | None, typer.Argument(help="The image that stays: a file, or a folder with a DICOM series.", show_default=False)]
@@ -21,6 +26,40 @@ FixHeader = Annotated[
     bool,
     typer.Option("--fix-header", help="Repair directions that are no rotation and spacings at or below zero, and say so.", rich_help_panel=IMAGES),
 ]
+
+
+def _device(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise UsageError(f"--device {name}: unknown device", tip="expected auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+def _positive(gigabytes: float | None) -> float | None:
+    if gigabytes is not None and not 0 < gigabytes < math.inf:
+        raise UsageError(f"--max-memory {gigabytes:g}: expected a number above zero", tip="--max-memory 8 allows 8 GB")
+    return gigabytes
+
+
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN, show_default=False, callback=_device),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="CPU threads; left out: all cores.", rich_help_panel=RUN, show_default=False, min=1, max=MOST_THREADS),
+]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory",
+        help="GB that may be used; the network grid is coarsened to fit.",
+        metavar="GB",
+        rich_help_panel=RUN,
+        show_default=False,
+        callback=_positive,
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of every random number.", rich_help_panel=RUN, show_default=False, min=0, max=LARGEST_SEED)]
 ParameterFile = Annotated[
     Path | None, typer.Option("--parameters", "-p", metavar="FILE.toml", help="Parameter file.", rich_help_panel=METHOD, show_default=False)
 ]
@@ -32,15 +71,13 @@ Set = Annotated[
 
 def pair(fixed: Path | None, moving: Path | None, fixed_option: Path | None, moving_option: Path | None) -> tuple[Path, Path]:
     """FIXED MOVING, or --fixed and --moving; UsageError where one is missing or named twice."""
-    from regtool.errors import UsageError
-
     if fixed_option is not None and moving is None and fixed is not None and moving_option is None:
         fixed, moving = None, fixed  # `--fixed F M`
     for name, one, other in (("fixed", fixed, fixed_option), ("moving", moving, moving_option)):
         if one is not None and other is not None:
             raise UsageError(f"the {name} image is named twice: {one} and {other}", tip="name it once")
         if one is None and other is None:
-            raise UsageError(f"the {name} image is missing", tip="regtool register FIXED MOVING")
+            raise UsageError(f"the {name} image is missing", tip="two images follow the verb: FIXED MOVING, or --fixed FIXED --moving MOVING")
     a, b = fixed or fixed_option, moving or moving_option
     assert a is not None
     assert b is not None

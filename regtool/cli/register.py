@@ -15,17 +15,20 @@ from regtool.cli.options import (
     EXTRA,
     METHOD,
     OUTPUT,
-    RUN,
+    Device,
     Fixed,
     FixedOption,
     FixHeader,
     Json,
+    MaxMemory,
     Moving,
     MovingOption,
     Overwrite,
     ParameterFile,
     Quiet,
+    Seed,
     Set,
+    Threads,
     Verbose,
     pair,
 )
@@ -113,17 +116,10 @@ def register(
         typer.Option("--time", help="4-D moving image: a transform for each time point, or one for all.", rich_help_panel=METHOD, show_default=False),
     ] = None,
     fix_header: FixHeader = False,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN, show_default=False)] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="CPU threads; left out: all cores.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    max_memory: Annotated[
-        float | None,
-        typer.Option(
-            "--max-memory", help="GB that may be used; the network grid is coarsened to fit.", metavar="GB", rich_help_panel=RUN, show_default=False
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of every random number.", rich_help_panel=RUN, show_default=False)] = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    seed: Seed = None,
     qc: Annotated[bool | None, typer.Option("--qc/--no-qc", help="Write the quality page.", rich_help_panel=OUTPUT, show_default=False)] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

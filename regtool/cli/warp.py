@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from regtool.cli.console import emit, logs
-from regtool.cli.options import OUTPUT, RUN, FixHeader, Json, Overwrite, Quiet, Verbose
+from regtool.cli.options import OUTPUT, Device, FixHeader, Json, Overwrite, Quiet, Threads, Verbose
 
 Transforms = Annotated[
     list[Path],
@@ -60,10 +60,8 @@ def warp(
         typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
     ] = None,
     fix_header: FixHeader = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="CPU threads; left out: all cores.", rich_help_panel=RUN, show_default=False)
-    ] = None,
+    device: Device = None,
+    threads: Threads = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -103,7 +101,7 @@ def warp(
             raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
         warped = warp_images(
             inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=overwrite, fix_header=fix_header,
-            device=pick_device(device),
+            device=pick_device(device or "auto"),
         )  # fmt: skip
         result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
         table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]

@@ -38,7 +38,7 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
         return Resolved(asked.model_copy(update={"engine": own.model_dump()}), own)
     path = find_model(asked.run.model)
     card = read_card(path)
-    brought = {k: v for k, v in card["parameters"].items() if k in MODEL_SECTIONS}
+    brought = _brought(card, path)
     parameters = load(parameter_file, overrides, brought)
     if parameters.method != card["method"]:
         raise ModelError(f"{path.name} is a {card['method']} model, not {parameters.method}", tip=f"use -m {card['method']}, or leave -m out")
@@ -48,6 +48,21 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
     run = parameters.run.model_copy(update={"model": str(path.resolve())})
     parameters = parameters.model_copy(update={"engine": own.model_dump(), "run": run})
     return Resolved(parameters, own, None if ndim is None else load_model(path, ndim)[0], card, path)
+
+
+def _brought(card: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The sections that a model brings with it; ModelError where this regtool has no use for them."""
+    brought = {k: v for k, v in card["parameters"].items() if k in MODEL_SECTIONS} | {"method": card["method"]}
+    if card["method"] not in names():
+        raise ModelError(
+            f"{path.name} was made with the method {card['method']!r}, which this regtool lacks; {did_you_mean(card['method'], names())}",
+            tip="upgrade regtool",
+        )
+    try:
+        _engine_parameters(load(None, (), brought), None, ())
+    except ParameterError as error:
+        raise ModelError(f"{path.name}: its parameters are not those of this regtool: {error.what}", tip="use the regtool that wrote it") from error
+    return brought
 
 
 def _engine_parameters(parameters: Parameters, parameter_file: Path | None, overrides: tuple[str, ...]) -> Section:
