@@ -122,7 +122,9 @@ class Run(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")
-    precision: Literal["float32", "bf16"] = Field("float32", description="of the network alone; bf16 is faster on CPUs and GPUs that have it")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="of the network's convolutions; auto: bf16 while learning on the pair where the hardware has it, float32 with a model"
+    )
     max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid until the plan fits; left out: what the machine has free")
     initial_transform: str | None = Field(None, description="transform file applied before everything else")
     outside: float | None = Field(None, description="intensity outside the moving image; left out: its minimum")

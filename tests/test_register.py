@@ -154,6 +154,14 @@ def test_initial_transform(tmp_path: Path, ndim: int) -> None:
     assert given.report["similarity"]["before"] == pytest.approx(straight.report["similarity"]["before"], abs=1e-5)
 
 
+def test_learning_in_bfloat16_learns(ndim: int) -> None:
+    """Autocast keeps converted weights for as long as its context lasts: round the whole loop it would train on the first ones for ever."""
+    fixed, moving = phantom(ndim)
+    losses = [register(Request(fixed, moving, overrides=(*QUICK, f"run.precision={p}"))).report["losses"] for p in ("bf16", "float32")]
+    assert losses[0][-1] < losses[0][0] - 0.02
+    assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.05)
+
+
 def test_labels_and_landmarks_are_scored(tmp_path: Path, ndim: int) -> None:
     fixed, moving = saved(tmp_path, ndim)
     for path in (fixed, moving):

@@ -6,9 +6,7 @@ import time
 
 STARTED = time.perf_counter()
 
-import contextlib  # noqa: E402
 import io  # noqa: E402
-import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
@@ -18,7 +16,7 @@ import typer  # noqa: E402
 from rich.markup import escape  # noqa: E402
 
 from regtool.cli import doctor, jacobian, methods, models, parameters, register, transform, warp  # noqa: E402
-from regtool.cli.console import stderr  # noqa: E402
+from regtool.cli.console import drop, stderr  # noqa: E402
 from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, GeometryError, InputError, RegtoolError  # noqa: E402
 
 DEBUG = "--debug"
@@ -98,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             stderr.print_exception()
         _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", "check free space, and the permissions of files and folders")
-        _drop_stdout()
+        drop(sys.stdout)
         sys.exit(1)
     except Exception as error:
         if debug:
@@ -126,14 +124,8 @@ def _general_tip(error: RegtoolError) -> str:
 
 def _reader_left() -> None:
     """The reader of our stdout went away, as `| head -1` does: the work is done, and nobody is there to be told."""
-    _drop_stdout()
+    drop(sys.stdout)
     sys.exit(0)
-
-
-def _drop_stdout() -> None:
-    """What is still unwritten would fail once more when the interpreter ends."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(_: int, __: FrameType | None) -> None:

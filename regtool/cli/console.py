@@ -6,15 +6,39 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Log(Console):
+    """stderr. Where nobody reads it any more (`2>&1 | head -1`, a full disk), the work goes on in silence."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does, but never failing."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process here."""
+        self.quiet = True
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO | None) -> None:
+    """What is still unwritten would fail once more when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]  # None is an AttributeError
+
+
+stderr = Log(stderr=True, highlight=False, soft_wrap=True)
 
 
 def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) -> None:
