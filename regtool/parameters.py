@@ -36,7 +36,7 @@ class Grid(Section):
     max_voxels: int | None = Field(
         None,
         ge=64,
-        description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 400000 (without)",
+        description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 250000 (without)",
     )
 
 
@@ -122,8 +122,9 @@ class Run(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")
-    precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="of the network's convolutions; auto: bf16 while learning on the pair where the hardware has it, float32 with a model"
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="of a trained network's convolutions; bf16 takes a quarter of the time where the hardware has it, learning stays in float32",
     )
     max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid until the plan fits; left out: what the machine has free")
     initial_transform: str | None = Field(None, description="transform file applied before everything else")

@@ -74,8 +74,9 @@ def picture(path: Path, ndim: int = 2, shift: float = 0.0) -> Path:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Everything in a folder, hidden files too, with sizes and times."""
-    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+    """Everything in a folder, hidden files too, files with size and time. (Torch makes itself a folder for compiled code.)"""
+    found = [p for p in sorted(folder.rglob("*")) if not p.name.startswith("torchinductor")]
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else (0, 0) for p in found}
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file name must not fail for the terminal's encoding
     try:
         code = app([a for a in arguments if a != DEBUG], standalone_mode=False, prog_name="regtool")
+        if code == EXIT_INTERRUPTED:  # typer makes Ctrl-C an exit without a word
+            raise KeyboardInterrupt
         if sys.stdout is not None:
             sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)

@@ -25,7 +25,7 @@ def diffusion(displacement: torch.Tensor, spacing: Sequence[float] | None = None
     factors = []  # of the summed squares along each axis, in the order of the array's axes
     for n, step in zip(u.shape[2:], reversed(steps), strict=True):
         factors.append(n / ((n - 1) * max(1, u.numel()) * step**2 * ndim) if n > 1 else 0.0)
-    return _SquaredDifferences.apply(u, tuple(factors), torch.is_grad_enabled() and u.requires_grad)  # type: ignore[no-any-return, no-untyped-call]
+    return _SquaredDifferences.apply(u, tuple(factors), torch.is_grad_enabled() and u.requires_grad)  # type: ignore[no-untyped-call]
 
 
 class _SquaredDifferences(torch.autograd.Function):

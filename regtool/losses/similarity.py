@@ -26,7 +26,7 @@ def lncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None 
     fixed, warped = _at_least_float32(fixed), _at_least_float32(warped)
     share = _share(fixed, weight)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (fixed, warped))
-    return _Lncc.apply(fixed, warped, share, window, wanted)  # type: ignore[no-any-return, no-untyped-call]
+    return _Lncc.apply(fixed, warped, share, window, wanted)  # type: ignore[no-untyped-call]
 
 
 def ncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:

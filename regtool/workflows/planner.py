@@ -17,7 +17,7 @@ from regtool.parameters import Parameters
 
 log = logging.getLogger("regtool")
 BASE = 600 * 2**20  # Python, torch and SimpleITK themselves
-FINEST_TRAINED = 400_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
+FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
 
 
 def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: bool) -> int:

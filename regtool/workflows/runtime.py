@@ -38,16 +38,6 @@ def configure(threads: int | None, seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def lowered_precision(precision: str, training: bool, device: torch.device) -> torch.autocast:
-    """The context in which the network runs: bfloat16 convolutions where `precision` allows and, for `auto`, the hardware computes them itself.
-
-    For a trained model `auto` stays with float32, so that its field does not depend on the machine.
-    """
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    wanted = precision == "bf16" or (precision == "auto" and training and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)  # a cache would outlive the optimiser's steps
-
-
 def memory_limit_bytes(max_memory_gb: float | None) -> int:
     """What may be used: the limit asked for, else nine tenths of the machine's memory."""
     if max_memory_gb is not None:
