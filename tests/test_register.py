@@ -24,7 +24,7 @@ from regtool.parameters import Parameters
 from regtool.workflows.register import Request, Result, register
 from tests.conftest import blobs, direction, smooth_field, to_sitk
 
-QUICK = ("oneshot.iterations=20", "run.threads=1", "run.qc=false")
+QUICK = ("oneshot.iterations=15", "engine.variant=vm1", "run.threads=1", "run.qc=false")
 SHAPE = (30, 28, 24)
 
 

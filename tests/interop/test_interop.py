@@ -18,11 +18,12 @@ import torch
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, DisplacementField, Image, Landmarks, Transform
 from regtool.geometry.sampling import displacement_on, transform_points
-from regtool.io.images import write_image
+from regtool.io.images import read_image, write_image
 from regtool.io.itk_transforms import to_sitk_transform
 from regtool.io.points import write_points
 from regtool.io.transforms import read_transform, write_ants, write_transform
-from tests.conftest import random_grid, smooth_field
+from regtool.workflows.register import Request, register
+from tests.conftest import DATA, random_grid, smooth_field
 from tests.io.test_transforms import bspline_file
 
 PYTHON = os.environ.get("REGTOOL_INTEROP_PYTHON", "")
@@ -129,3 +130,34 @@ def test_we_read_what_ants_writes(case: Case) -> None:
     back = read_transform(case.folder / "again.nii.gz").parts[0]
     assert isinstance(back, DisplacementField)
     assert float((back.data - field.data).abs().max()) < 1e-4
+
+
+REAL = {
+    "lung CT": ("lungct_pair/baseline.mha", "lungct_pair/followup.mha"),
+    "cardiac MR, colour PNG": ("cardiac2d/test/images/SC-HF-I-05-IM-0001-0040.png", "cardiac2d/test/images/SC-HF-I-05-IM-0001-0027.png"),
+    "DICOM folder to NIfTI": ("formats/nibabel/someones_anatomy.nii.gz", "formats/dicom_series"),
+    "brains": ("brain3d_pair/subject1.nii.gz", "brain3d_pair/subject2.nii.gz"),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", REAL)
+def test_what_register_writes_for_real_images(tmp_path: Path, name: str) -> None:
+    fixed, moving = (DATA / p for p in REAL[name])
+    quick = ("oneshot.iterations=5", "grid.max_voxels=30000", "run.outside=0", "run.qc=false", "guard.max_folding_percent=100")
+    register(Request(fixed, moving, tmp_path / "out", overrides=quick))
+    for path, plain in ((fixed, "fixed.nii.gz"), (moving, "moving.nii.gz")):  # as regtool reads them: one channel, DICOM as a file
+        write_image(read_image(path), tmp_path / plain)
+    warped = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "warped.nii.gz")))
+    span = float(np.ptp(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "moving.nii.gz")))))
+    transform = read_transform(tmp_path / "out" / "displacement.nii.gz")
+    write_transform(transform, tmp_path / "TransformParameters.0.txt")
+    for tool in ("displacement.nii.gz", "transform.h5", "transformix"):
+        got = tmp_path / "got.nii.gz"
+        if tool == "transformix":
+            run("transformix", tmp_path / "moving.nii.gz", got, tmp_path / "TransformParameters.0.txt")
+        else:
+            run("ants", tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz", got, tmp_path / "out" / tool)
+        away = np.abs(sitk.GetArrayFromImage(sitk.ReadImage(str(got))) - warped)
+        print(f"{name}, {tool}: worst {away.max() / span:.2e} of the range")
+        assert away.max() <= 1e-3 * span
