@@ -260,6 +260,15 @@ def test_quiet(pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> No
     assert call(capfd, "register", "nowhere.nii", pair[1], "-q").lines("error")
 
 
+def test_a_warning_that_quiet_hides_stands_in_the_report(pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    image = sitk.ReadImage(str(pair[1]))
+    image[3, 3] = float("nan")
+    sitk.WriteImage(image, "nan.mha")
+    answer = call(capfd, "register", pair[0], "nan.mha", *QUICK, "-q", "--json")
+    assert (answer.code, answer.err) == (0, "")
+    assert "NaN" in strict(answer.out)["warnings"][0]
+
+
 def test_debug_alone_shows_a_traceback(pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
     plain, debug = (call(capfd, "register", "nowhere.nii", pair[1], *flag) for flag in ((), ("--debug",)))
     assert plain.code == debug.code == 3

@@ -79,9 +79,10 @@ def logs(verbosity: int) -> None:
     log = logging.getLogger("regtool")
     log.handlers = [h for h in log.handlers if type(h).__name__ != "Handler"]
     log.addHandler(Handler())
-    log.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG))
+    level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
+    log.setLevel(min(level, logging.WARNING))  # what is quiet here still stands in the report
     for handler in log.handlers:
-        handler.setLevel(log.level)
+        handler.setLevel(level)
     log.propagate = False
 
 

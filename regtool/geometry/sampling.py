@@ -197,17 +197,19 @@ def _flat(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 def _vote(data: torch.Tensor, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(C, voxels) labels at (P, D) indices: of the surrounding voxels, the label with the largest summed linear weight."""
     low = torch.floor(index)
-    upper = (index - low).float()
-    labels, weights = [], []
-    for corner in itertools.product((0, 1), repeat=index.shape[1]):
-        step = torch.as_tensor(corner, device=index.device)
-        labels.append(data[:, _flat(low.long() + step, shape)])
-        weights.append(torch.where(step == 1, upper, 1 - upper).prod(dim=1))
-    best_label, best = labels[0], torch.full(labels[0].shape, -1.0, device=index.device)
-    for label in labels:
-        score = torch.stack([w * (other == label) for other, w in zip(labels, weights, strict=True)]).sum(dim=0)
+    corners = [torch.as_tensor(c, device=index.device) for c in itertools.product((0, 1), repeat=index.shape[1])]
+    labels = [data[:, _flat(low.long() + corner, shape)] for corner in corners]
+    best_label = labels[0].clone()
+    differ = torch.stack([(other != labels[0]).any(dim=0) for other in labels[1:]]).any(dim=0)  # elsewhere there is nothing to vote on
+    upper = (index - low)[differ].float()
+    weights = [torch.where(corner == 1, upper, 1 - upper).prod(dim=1) for corner in corners]
+    candidates = [label[:, differ] for label in labels]
+    winner, best = candidates[0], torch.full(candidates[0].shape, -1.0, device=index.device)
+    for label in candidates:
+        score = torch.stack([w * (other == label) for other, w in zip(candidates, weights, strict=True)]).sum(dim=0)
         better = score > best + 1e-6
-        best, best_label = torch.where(better, score, best), torch.where(better, label, best_label)
+        best, winner = torch.where(better, score, best), torch.where(better, label, winner)
+    best_label[:, differ] = winner
     return best_label
 
 
