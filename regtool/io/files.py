@@ -35,7 +35,10 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            yield stage
+            try:
+                yield stage
+            except OutputError as error:  # the user knows nothing of the stage
+                raise OutputError(error.what.replace(str(stage), str(folder)), error.tip) from error
             stage.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
             if not folder.exists():
                 os.replace(stage, folder)
@@ -61,6 +64,15 @@ def explained(path: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only: choose another output with -o",
         }.get(e.errno or 0, "choose another output with -o")
         raise OutputError(f"cannot write {path}: {e.strerror or e}", tip=tip) from e
+
+
+def check_folder(folder: Path) -> None:
+    """Before long work: OutputError where `folder` cannot be made or written to."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"cannot write {folder}: {nearest} is a file", tip="choose another output with -o")
+    if not os.access(nearest, os.W_OK):
+        raise OutputError(f"cannot write {folder}: no permission to write in {nearest}", tip="choose a folder you may write to with -o")
 
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:

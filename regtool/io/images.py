@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from regtool.geometry.image import DisplacementField, Image, Labels
 from regtool.io import nifti
 from regtool.io.dicom import read_series
 from regtool.io.files import atomic, require_file
-from regtool.io.intact import safe_for_itk
+from regtool.io.intact import lost_numbers, safe_for_itk
 from regtool.io.mgh import read_mgh
 
 log = logging.getLogger("regtool")
@@ -146,9 +147,13 @@ def _write(array: np.ndarray, grid: Grid, time: tuple[float, float] | None, path
             return
         image = _to_sitk(array, grid, time, vector)
         try:
-            sitk.WriteImage(image, str(temporary), useCompression=True, compressionLevel=1)
+            with nifti.quiet():
+                sitk.WriteImage(image, str(temporary), useCompression=True, compressionLevel=1)
+                written = sitk.ReadImage(str(temporary))  # ITK does not notice when the last bytes do not fit on the disk
         except RuntimeError as error:
             raise OSError(0, nifti.itk_reason(error)) from error
+        if not np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image), equal_nan=array.dtype.kind == "f"):
+            raise OSError(errno.ENOSPC, "not all of it could be written")
 
 
 def _to_sitk(array: np.ndarray, grid: Grid, time: tuple[float, float] | None, vector: bool) -> sitk.Image:
@@ -169,15 +174,14 @@ def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
         return read_mgh(path), False
     _check_spacing(path, fix_header)
     try:
-        with safe_for_itk(path) as file:
-            return sitk.ReadImage(str(file)), False
+        return _read(path), False
     except RuntimeError as error:
         if "orthonormal" in str(error):
             angle = shear_degrees(nifti.directions(path))
             if fix_header:
                 log.warning("%s: directions are off a rotation by %.3g degrees; replaced by the nearest one", path, angle)
-                with nifti.permissive(), safe_for_itk(path) as file:
-                    return sitk.ReadImage(str(file)), True
+                with nifti.permissive():
+                    return _read(path), True
             raise GeometryError(
                 f"{path}: direction cosines are not orthonormal (off by {angle:.3g} degrees)",
                 tip="--fix-header replaces them by the nearest rotation",
@@ -185,6 +189,22 @@ def _open(path: Path, fix_header: bool) -> tuple[sitk.Image, bool]:
         if "spacing" in str(error).lower():
             raise GeometryError(f"{path}: voxel spacing is zero", tip="correct the spacing in the header; without it nothing is in mm") from error
         raise InputError(f"{path} cannot be read as an image: {nifti.itk_reason(error)}", tip=_tip(path)) from error
+
+
+def _read(path: Path) -> sitk.Image:
+    """SimpleITK's reading, with the NaN of NIfTI files put back that ITK takes for zeros. RuntimeError as SimpleITK."""
+    with safe_for_itk(path) as file, nifti.quiet():
+        image = sitk.ReadImage(str(file))
+    lost = lost_numbers(path) if suffix_of(path) in (".nii", ".nii.gz") else None
+    if lost is None:
+        return image
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise InputError(f"{path} holds NaN or infinite vectors", tip="check how it was made")
+    array = sitk.GetArrayFromImage(image)
+    array.ravel()[lost[: array.size]] = np.nan
+    whole = sitk.GetImageFromArray(array, isVector=False)
+    whole.CopyInformation(image)
+    return whole
 
 
 def _check_spacing(path: Path, fix_header: bool) -> None:
@@ -203,9 +223,11 @@ def _check_spacing(path: Path, fix_header: bool) -> None:
     if all(s > 0 for s in found):
         return
     if not fix_header:
+        repairable = suffix_of(path) in (".nii", ".nii.gz") or 0 not in found  # ITK refuses a zero in MetaImage
         raise GeometryError(
             f"{path}: voxel spacing must be above zero, the header has {', '.join(f'{s:g}' for s in found)}",
-            tip="correct the header, or accept ITK's reading with --fix-header: zero is 1 mm, a negative one flips its axis",
+            tip="correct the header"
+            + (", or accept ITK's reading with --fix-header: zero is 1 mm, a negative one flips its axis" if repairable else ""),
         )
     log.warning("%s: spacing %s is not above zero; zero is taken as 1 mm, a negative one flips its axis", path, found)
 

@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from isal import igzip
+from numpy.typing import NDArray
 
 from regtool.errors import InputError
 from regtool.io.nifti import byte_order, read_header
@@ -54,6 +56,21 @@ def check_complete(path: Path) -> None:
     found = _unpacked_size(path) if path.suffix.lower() == ".gz" else path.stat().st_size
     if found < expected:
         raise InputError(f"{path} is truncated: {found} bytes of {expected}", tip="copy or export it again")
+
+
+def lost_numbers(path: Path) -> NDArray[np.bool_] | None:
+    """(voxels) where a floating-point NIfTI file holds NaN or infinity, in file order; None where nowhere. (ITK reads zeros there.)"""
+    header = read_header(path)
+    order = byte_order(header)
+    kind = None if order is None else {16: "f4", 64: "f8"}.get(struct.unpack_from(f"{order}h", header, 70)[0])
+    if kind is None:
+        return None
+    offset = int(struct.unpack_from(f"{order}f", header, 108)[0])
+    with igzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        file.seek(offset)
+        values = np.frombuffer(file.read(), f"{order}{kind}")
+    lost: NDArray[np.bool_] = ~np.isfinite(values)
+    return lost if lost.any() else None
 
 
 def nifti_kind(path: Path) -> tuple[int, int]:

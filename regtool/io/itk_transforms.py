@@ -73,9 +73,12 @@ def write_itk(transform: Transform, path: Path) -> None:
 
 
 def write_h5(transform: Transform, path: Path) -> None:
-    """ITK's HDF5 layout, atomically; every field float32 on its own grid. `transform` without PointMap parts."""
+    """ITK's HDF5 layout, atomically; every field float32 on its own grid. `transform` without PointMap parts.
+
+    Made in memory first: on a full disk the HDF5 library does not fail, it crashes.
+    """
     parts = list(reversed(transform.parts))
-    with atomic(path) as temporary, h5py.File(temporary, "w", libver="earliest") as file:
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="earliest") as file:
         for name, value in _versions().items():
             _write_string(file, name, value)
         group = file.create_group("TransformGroup")
@@ -83,6 +86,10 @@ def write_h5(transform: Transform, path: Path) -> None:
             _write_string(group.create_group("0"), "TransformType", _itk_name("CompositeTransform", "double", transform.ndim))
         for k, part in enumerate(parts, start=int(len(parts) > 1)):
             _write_part(group.create_group(str(k)), part)
+        file.flush()
+        image = file.id.get_file_image()
+    with atomic(path) as temporary:
+        temporary.write_bytes(image)
 
 
 def _write_part(group: h5py.Group, part: Part) -> None:

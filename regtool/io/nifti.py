@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -88,6 +89,24 @@ def is_nifti2(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What C libraries print on their own account goes nowhere: what matters is said by our errors."""
+    sys.stderr.flush()
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@contextlib.contextmanager
 def permissive() -> Iterator[None]:
     """ITK takes the nearest rotation of a sheared s-form instead of refusing it."""
     name = "ITK_NIFTI_SFORM_PERMISSIVE"
@@ -104,12 +123,13 @@ def permissive() -> Iterator[None]:
 
 def itk_reason(error: RuntimeError) -> str:
     """The human part of an ITK exception: its last line without class, address and source position."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else "unknown reason"
+    text = str(error)
     for mark in ("ITK ERROR:", "sitk::ERROR:"):
-        last = last.rpartition(mark)[2].strip()
-    head, _, tail = last.partition("): ")
-    return (tail if "(0x" in head else last).strip() or "unknown reason"
+        text = text.rpartition(mark)[2]
+    head, _, tail = text.partition("): ")
+    lines = [line.strip() for line in (tail if "(0x" in head else text).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Reason: No such file")]  # of a file that is there: MetaImage means it ends too early
+    return lines[0].rstrip(".") if lines else "unknown reason"
 
 
 def read_header(path: Path) -> bytes:

@@ -197,7 +197,11 @@ def _read_markups(path: Path) -> PointFile:
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}", tip="export the markups again") from error
     markups = tree.get("markups") if isinstance(tree, dict) else None
-    if not isinstance(markups, list):
+    shaped = isinstance(markups, list) and all(
+        isinstance(m, dict) and isinstance(m.get("controlPoints", []), list) and all(isinstance(p, dict) for p in m.get("controlPoints", []))
+        for m in markups
+    )
+    if markups is None or not shaped:
         raise InputError(f"{path} holds no markups", tip="expected a .mrk.json file of 3D Slicer")
     places = [(m, c) for m, markup in enumerate(markups) for c, point in enumerate(markup.get("controlPoints", [])) if _defined(point)]
     points, signs, names = [], [], []

@@ -21,7 +21,7 @@ class Stage:
 def objection(before: float, after: float, folding_percent: float, max_folding_percent: float) -> str:
     """Why a stage must be rolled back, or "" where it may stay. NaN counts as worse."""
     if not after >= before - TOLERANCE:
-        return f"similarity would fall from {before:.4f} to {after:.4f}"
+        return f"similarity would fall from {before:.6g} to {after:.6g}"
     if folding_percent > max_folding_percent:
         return f"{folding_percent:.3g} % of the voxels would fold, {max_folding_percent:g} % are allowed"
     return ""

@@ -13,7 +13,7 @@ import torch
 from regtool.errors import InputError, UsageError
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
 from regtool.geometry.sampling import stay, warp
-from regtool.io.files import refuse_existing
+from regtool.io.files import check_folder, refuse_existing
 from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
 from regtool.io.transforms import read_transform
@@ -70,6 +70,7 @@ def register(request: Request, progress: Progress | None = None) -> Result:
         if request.output.exists() and not request.output.is_dir():
             raise UsageError(f"{request.output} is a file, -o needs a folder", tip="name another output with -o")
         refuse_existing([request.output / "report.json"], request.overwrite)
+        check_folder(request.output)
     with gathered_warnings() as warnings, out_of_memory_explained():
         with clock("read"):
             fixed, moving = _read_pair(request)

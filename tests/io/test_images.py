@@ -26,6 +26,7 @@ from regtool.io.images import (
     write_image,
     write_labels,
 )
+from regtool.io.transforms import write_transform
 from tests.conftest import DATA, random_grid, random_image, smooth_field, to_sitk
 
 WRITTEN = [".nii.gz", ".nii", ".mha", ".nrrd", ".mhd", ".nhdr"]
@@ -145,16 +146,18 @@ def test_one_slice_is_two_dimensional(tmp_path: Path, axis: int) -> None:
     assert image.grid.origin == pytest.approx([(10, 20, 30)[a] for a in keep])
 
 
-def test_nan_is_said_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    array = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd", ".nii", ".nii.gz"])
+def test_nan_is_said_and_replaced(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    """ITK's NIfTI reader turns NaN into 0, which in a CT would be water in the air."""
+    array = np.arange(60, dtype=np.float32).reshape(3, 4, 5) - 1000
     array[1, 1, 1] = np.nan
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / "nan.mha"))
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"nan{suffix}"))
     logging.getLogger("regtool").propagate = True
-    assert float(read_image(tmp_path / "nan.mha").data[0, 1, 1, 1]) == 0.0
+    assert float(read_image(tmp_path / f"nan{suffix}").data[0, 1, 1, 1]) == -1000
     assert "1 voxels are NaN" in caplog.text
-    sitk.WriteImage(sitk.GetImageFromArray(array * np.nan), str(tmp_path / "all.mha"))
+    sitk.WriteImage(sitk.GetImageFromArray(array * np.nan), str(tmp_path / f"all{suffix}"))
     with pytest.raises(InputError, match="no finite number"):
-        read_image(tmp_path / "all.mha")
+        read_image(tmp_path / f"all{suffix}")
 
 
 def write_nifti(path: Path, sform: np.ndarray) -> None:
@@ -244,8 +247,24 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     image = Image(torch.rand(1, 60, 60, 60), Grid.regular((60, 60, 60)))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for name in ("a.nii.gz", "a.nii", "a.mha", "a.nrrd"):
+    field = DisplacementField(torch.rand(3, 60, 60, 60), image.grid)
+    for name in ("a.nii.gz", "a.nii", "a.mha", "a.nrrd", "a.mhd", "a.nhdr", "a.h5"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(OutputError, match="cannot write"):
+                write_transform(Transform((field,)), tmp_path / name) if name.endswith("h5") else write_image(image, tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_image_that_does_not_fit_is_no_success(tmp_path: Path) -> None:
+    """ITK ignores that its last flush failed."""
+    resource = pytest.importorskip("resource")
+    image = Image(torch.rand(1, 12, 12, 12), Grid.regular((12, 12, 12)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("a.mha", "a.nrrd", "a.mhd", "a.nhdr", "a.nii.gz"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
         try:
             with pytest.raises(OutputError, match="cannot write"):
                 write_image(image, tmp_path / name)

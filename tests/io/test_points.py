@@ -272,3 +272,12 @@ def test_kinds_by_name(tmp_path: Path) -> None:
     assert not is_point_file(Path("a.nii.gz"))
     assert is_point_file(write(tmp_path, "a.vtk", VTK.format(title="t", p=LPS.tolist())))
     assert not is_point_file(write(tmp_path, "b.vtk", "# vtk DataFile Version 3.0\nt\nASCII\nDATASET STRUCTURED_POINTS\n"))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"markups":[3]}', '{"markups":[{"controlPoints":3}]}', '{"markups":[{"controlPoints":[3]}]}', '{"markups":3}', "[]"]
+)
+def test_markups_of_another_shape(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.mrk.json").write_text(text)
+    with pytest.raises(InputError, match="no markups"):
+        read_points(tmp_path / "p.mrk.json")
