@@ -607,7 +607,7 @@ def points(name: str, content: Content | None, what: str, tip: str = "", file: s
     return Case(name, f"{PAIR} --fixed-landmarks KIT/points.csv --moving-landmarks {file}", 3, what, tip, files)
 
 
-def initial(name: str, content: Content | None, what: str, tip: str = "", file: str = "a.tfm", noise: bool = False) -> list[Case]:
+def initial(name: str, content: Content | None, what: str, tip: str = "", file: str = "a.tfm") -> list[Case]:
     """A bad transform, for each verb that takes one."""
     files: dict[str, Content] = {} if content is None else {file: content}
     lines = {
@@ -620,7 +620,7 @@ def initial(name: str, content: Content | None, what: str, tip: str = "", file: 
         "compose": f"transform compose KIT/shift.tfm {file} -o b.h5",
         "convert": f"transform convert {file} b.h5",
     }
-    return [Case(f"{name}: {verb}", line, 3, what, tip, files, noise) for verb, line in lines.items()]
+    return [Case(f"{name}: {verb}", line, 3, what, tip, files) for verb, line in lines.items()]
 
 
 LABELS = f"{PAIR} --fixed-labels"

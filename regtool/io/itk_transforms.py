@@ -24,7 +24,7 @@ from regtool.geometry.image import Affine, DisplacementField, Part, PointMap, Tr
 from regtool.io.bspline import bspline
 from regtool.io.files import atomic
 from regtool.io.images import to_sitk
-from regtool.io.nifti import itk_reason
+from regtool.io.nifti import itk_reason, quiet
 
 CHUNK = 1 << 17  # vectors a chunk: 1.5 MB, large enough to deflate well, small enough to share among threads
 PARAMETERS = ("TransformParameters", "TranformParameters")  # ITK before 4.13 misspelt both names
@@ -41,7 +41,8 @@ def read_itk(path: Path) -> Transform:
             return Transform(tuple(parts))
     _refuse_lists(path)
     try:
-        transform = sitk.ReadTransform(str(path))
+        with quiet():
+            transform = sitk.ReadTransform(str(path))
     except RuntimeError as error:
         raise InputError(f"{path} cannot be read as a transform: {_reason(error)}", tip=_tip(path, error)) from error
     return from_sitk_transform(transform, str(path))
@@ -67,7 +68,8 @@ def write_itk(transform: Transform, path: Path) -> None:
     itk = to_sitk_transform(transform)
     with atomic(path) as temporary:
         try:
-            sitk.WriteTransform(itk, str(temporary))
+            with quiet():
+                sitk.WriteTransform(itk, str(temporary))
         except RuntimeError as error:
             raise OutputError(f"cannot write {path}: {_reason(error)}", tip="`.h5` takes every transform") from error
 
