@@ -129,6 +129,26 @@ def test_colour_becomes_grey_with_a_warning(tmp_path: Path, suffix: str, channel
     assert float(image.data[0, 10, 10]) == pytest.approx(0.299 * 77 + 0.587 * 200 + 0.114 * 77, abs=3 if suffix == ".jpg" else 0.01)
 
 
+@pytest.mark.parametrize("suffix", [".gipl", ".hdr", ".img", ".vtk", ".mhd", ".nhdr", ".nrrd", ".nii"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+def test_every_volume_format(tmp_path: Path, suffix: str, dtype: str) -> None:
+    array = np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(dtype)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((1.5, 2.0, 3.0))
+    path = tmp_path / f"v{suffix}"
+    sitk.WriteImage(image, str(path))
+    found = read_image(path)
+    assert np.array_equal(found.data[0].numpy(), array.astype(np.float32))
+    assert found.grid.spacing == pytest.approx((1.5, 2.0, 3.0))
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [(".png", "uint8"), (".png", "uint16"), (".tif", "uint8"), (".tif", "uint16"), (".tif", "float32")])
+def test_every_picture_format(tmp_path: Path, suffix: str, dtype: str) -> None:
+    array = np.random.default_rng(0).integers(0, 200, (16, 17)).astype(dtype)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"p{suffix}"))
+    assert np.array_equal(read_image(tmp_path / f"p{suffix}").data[0].numpy(), array.astype(np.float32))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_one_slice_is_two_dimensional(tmp_path: Path, axis: int) -> None:
     shape = [5, 6, 7]
