@@ -8,7 +8,6 @@ import math
 import torch
 from torch import nn
 
-from regtool.data.batch import Batch
 from regtool.data.preprocess import network_grid
 from regtool.engines import build
 from regtool.errors import OutOfMemory
@@ -35,7 +34,7 @@ def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: b
     handles = [m.register_forward_hook(note) for m in engine.modules() if not list(m.children())]
     image = torch.empty(1, 1, *shape, device="meta")
     with torch.no_grad():
-        engine.displacement(Batch(image, image).fixed, image)
+        engine.displacement(image, image)
     for handle in handles:
         handle.remove()
     image_bytes = math.prod(shape) * 4
