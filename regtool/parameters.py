@@ -98,6 +98,17 @@ class Oneshot(Section):
     patience: int = Field(60, ge=1, description="stop after so many steps without a better loss")
 
 
+class Refine(Section):
+    """Optimising the displacement of the pair itself, after the network or instead of it."""
+
+    iterations: int = Field(60, ge=0, description="steps at each level at most; 0 leaves refining out")
+    levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; after a network two")
+    max_voxels: int = Field(900_000, ge=64, description="of the finest level; the displacement is kept on that grid")
+    step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")
+    diffusion: float = Field(1.0, ge=0, description="factor of the mean squared gradient of the displacement")
+    smoothings: int = Field(2, ge=0, le=8, description="times that the field is averaged over three voxels along each axis before it warps")
+
+
 class Guard(Section):
     """When a stage is rolled back."""
 
@@ -118,7 +129,7 @@ class Quality(Section):
 class Run(Section):
     """How the run is made."""
 
-    model: str | None = Field(None, description="model file or name; left out: learn on the pair")
+    model: str | None = Field(None, description="model file or name; left out: the method learns on the pair")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")
@@ -139,7 +150,7 @@ class Parameters(Section):
     """A whole parameter file."""
 
     format: Literal[1] = Field(1, description="version of this file format")
-    method: str = Field("voxelmorph", description="a registration method, see `regtool methods`")
+    method: str | None = Field(None, description="a registration method, see `regtool methods`; left out: no network, the field is refined from zero")
     run: Run = Run()
     grid: Grid = Grid()
     preprocess: Preprocess = Preprocess()
@@ -148,6 +159,7 @@ class Parameters(Section):
     similarity: Similarity = Similarity()
     regularity: Regularity = Regularity()
     oneshot: Oneshot = Oneshot()
+    refine: Refine = Refine()
     guard: Guard = Guard()
     qc: Quality = Quality()
 

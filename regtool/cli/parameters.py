@@ -15,7 +15,9 @@ app = typer.Typer(help="Parameter files: print one with every field explained, o
 
 @app.command()
 def init(
-    method: Annotated[str, typer.Argument(help="A registration method, see `regtool methods`.")],
+    method: Annotated[
+        str | None, typer.Argument(help="A registration method, see `regtool methods`. Left out: no network.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Left out: stdout.", show_default=False)] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -24,7 +26,7 @@ def init(
     from regtool.io.files import refuse_existing, write_text
     from regtool.parameters import Parameters, dump
 
-    engine = parameters_of(method)()
+    engine = parameters_of(method)() if method else None
     name = output.name if output else "FILE.toml"
     opening = f"Register:  regtool register FIXED MOVING -p {name}\nCheck:     regtool parameters check {name}"
     text = dump(Parameters(method=method), opening, engine, documented=True)
@@ -39,10 +41,10 @@ def init(
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="A parameter file.")], overrides: Set = None, as_json: Json = False) -> None:
     """Check FILE without running anything: unknown keys, wrong types and values are named with their line."""
-    from regtool.engines import parameters_of
-    from regtool.parameters import load, validated
+    from regtool.engines import engine_section
+    from regtool.parameters import load
 
     parameters = load(file, tuple(overrides or ()))
-    engine = validated(parameters_of(parameters.method), parameters.engine, "engine", file, tuple(overrides or ()))
-    found = parameters.model_copy(update={"engine": engine.model_dump()}).model_dump(mode="json")
-    emit({"file": str(file), "valid": True, "parameters": found}, [(str(file), f"valid, method {parameters.method}")], as_json)
+    engine = engine_section(parameters, file, tuple(overrides or ()))
+    found = parameters.model_copy(update={"engine": engine.model_dump() if engine else {}}).model_dump(mode="json")
+    emit({"file": str(file), "valid": True, "parameters": found}, [(str(file), f"valid, method {parameters.method or 'none'}")], as_json)

@@ -41,13 +41,19 @@ def register(
     moving_option: MovingOption = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", "-m", help="Registration method; `regtool methods` lists them.", rich_help_panel=METHOD, show_default=False),
+        typer.Option(
+            "--method",
+            "-m",
+            help="Registration method; `regtool methods` lists them. Left out: no network.",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
-            help="Trained model, a name or a file. Left out: the method learns on the pair itself.",
+            help="Trained model, a name or a file. Left out: the method named by -m learns on the pair itself.",
             metavar="NAME|FILE",
             rich_help_panel=METHOD,
             show_default=False,
@@ -79,6 +85,16 @@ def register(
     ] = None,
     similarity: Annotated[
         Literal["lncc", "ncc", "mse"] | None, typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False)
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            "--refine",
+            help="Steps at each resolution of optimising the displacement itself, after the network or without one; none, auto (60) or a number.",
+            metavar="auto|none|N",
+            rich_help_panel=METHOD,
+            show_default=False,
+        ),
     ] = None,
     fixed_labels: Annotated[
         Path | None,
@@ -145,6 +161,7 @@ def register(
         "align.method": align,
         "run.initial_transform": initial_transform.resolve() if initial_transform else None,
         "similarity.name": similarity,
+        "refine.iterations": _iterations(refine),
         "run.inverse": inverse,
         "run.format": image_format,
         "run.time": time,
@@ -184,7 +201,7 @@ def summary(report: dict[str, Any], output: Path | None) -> list[tuple[str, str]
     similarity, jacobian, seconds = report["similarity"], report["jacobian"], report["seconds"]
     kept = ", ".join(s["name"] + ("" if s["kept"] else " (not used)") for s in report["stages"])
     rows = [
-        ("method", f"{report['method']}, {report['model']['name']}"),
+        ("method", ", ".join(x for x in (report["method"], report["model"]["name"]) if x)),
         ("stages", kept),
         (f"similarity ({similarity['name']})", f"{similarity['before']:.4f} before, {similarity['after']:.4f} after"),
     ]
@@ -202,6 +219,17 @@ def summary(report: dict[str, Any], output: Path | None) -> list[tuple[str, str]
         rows.append(("written to", str(output)))
         rows += [("quality page", str(output / report["outputs"]["qc"]))] if "qc" in report["outputs"] else []
     return rows
+
+
+def _iterations(refine: str | None) -> int | None:
+    """None where the parameter file or the default decides."""
+    from regtool.errors import UsageError
+
+    if refine is None or refine == "auto":
+        return None
+    if refine != "none" and not refine.isdecimal():
+        raise UsageError(f"--refine {refine}: expected auto, none or a number of steps", tip="for example --refine 100")
+    return 0 if refine == "none" else int(refine)
 
 
 def _text(value: object) -> str:

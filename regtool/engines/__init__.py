@@ -11,7 +11,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regtool.errors import RegtoolError, UsageError, did_you_mean
+from regtool.errors import ParameterError, RegtoolError, UsageError, did_you_mean
 from regtool.parameters import Parameters, Section, validated
 
 if TYPE_CHECKING:
@@ -58,8 +58,19 @@ def load(name: str) -> type[Engine]:
     return engine
 
 
+def engine_section(parameters: Parameters, path: Path | None = None, overrides: tuple[str, ...] = ()) -> Section | None:
+    """`[engine]` as the method's own `Parameters`; None without a method. UsageError for an unknown method, ParameterError for a wrong `[engine]`."""
+    if parameters.method is not None:
+        return validated(parameters_of(parameters.method), parameters.engine, "engine", path, overrides)
+    if parameters.engine:
+        raise ParameterError(f"engine.{next(iter(parameters.engine))}: [engine] needs a method", tip="name one with -m or `method =`")
+    return None
+
+
 def build(parameters: Parameters, ndim: int, channels: int = 1) -> Engine:
     """An engine with fresh weights as a parameter file describes it. UsageError for an unknown method, ParameterError for a wrong `[engine]`."""
+    if parameters.method is None:
+        raise UsageError("no method is named, so there is no network to build", tip="name one with -m")
     engine = load(parameters.method)
     own = validated(importlib.import_module(engine.__module__).Parameters, parameters.engine, "engine")
     return engine(own, parameters.similarity, parameters.regularity, ndim=ndim, channels=channels)

@@ -90,21 +90,23 @@ def thresholds(outcome: Outcome) -> list[Threshold]:
 
 def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
     """report.json, but for `outputs` and the seconds that are not over yet. Similarities: higher is better."""
-    parameters, card, first = outcome.resolved.parameters, outcome.resolved.card, outcome.done[0]
+    parameters, first = outcome.resolved.parameters, outcome.done[0]
     report: dict[str, Any] = {
         "status": "ok" if all(passed for *_, passed in checks) else "qc_failed",
-        "method": parameters.method,
-        "model": {"name": card["name"], "sha256": sha256(outcome.resolved.model)}
-        if card and outcome.resolved.model
-        else {"name": "learned on this pair"},
+        "method": parameters.method or "refine",
+        "model": _model(outcome.resolved),
         "fixed": _described(outcome.fixed_source, outcome.fixed),
         "moving": _described(outcome.moving_source, outcome.moving),
         "outputs": {},
         **_found(first, parameters.similarity.name),
         "seconds": seconds(outcome),
         "peak_memory_mb": peak_memory_mb(),
-        "planned_memory_mb": round(first.planned_bytes / 2**20, 1),
-        "network_grid": {"size": list(first.network_grid.size), "spacing": list(first.network_grid.spacing)},
+        "planned_memory_mb": round(first.plan.peak_bytes / 2**20, 1),
+        "grids": {
+            name: {"size": list(grid.size), "spacing": list(grid.spacing)}
+            for name, grid in (("network", first.plan.network_grid), ("refine", first.plan.refine_grid))
+            if grid is not None
+        },
         "device": str(outcome.device),
         "threads": torch.get_num_threads(),
         "seed": parameters.run.seed,
@@ -200,6 +202,12 @@ def _found(one: Registered, similarity: str) -> dict[str, Any]:
         "displacement_mm": {"mean": float(one.displacement.magnitude().mean()), "max": float(one.displacement.magnitude().max())},
         "stages": [asdict(s) | {"seconds": round(s.seconds, 3)} for s in one.stages],
     }
+
+
+def _model(resolved: Resolved) -> dict[str, str | None]:
+    if resolved.card is not None and resolved.model is not None:
+        return {"name": resolved.card["name"], "sha256": sha256(resolved.model)}
+    return {"name": "learned on this pair" if resolved.parameters.method else None, "sha256": None}
 
 
 def _described(source: Path | None, image: Image) -> dict[str, Any]:

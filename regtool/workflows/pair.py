@@ -1,4 +1,4 @@
-"""One fixed and one moving image in memory: align, network, guard, compose. Files are the business of `register`."""
+"""One fixed and one moving image in memory: align, network, refine, each under guard; compose, warp once. Files are the business of `register`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,9 +23,10 @@ from regtool.geometry.unfold import unfolded
 from regtool.losses import SIMILARITIES
 from regtool.optimise.align import align
 from regtool.optimise.guard import Stage, objection
+from regtool.optimise.refine import refine
 from regtool.parameters import Parameters
 from regtool.workflows.oneshot import Progress, learn
-from regtool.workflows.planner import plan_grid
+from regtool.workflows.planner import Plan, make_plan
 from regtool.workflows.runtime import memory_limit_bytes
 
 log = logging.getLogger("regtool")
@@ -49,7 +50,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Setup:
-    """What does not change from pair to pair. engine: a trained one, or None to learn on the pair."""
+    """What does not change from pair to pair. engine: a trained one; None to learn on the pair, or for no network at all."""
 
     parameters: Parameters
     engine: Engine | None
@@ -70,8 +71,7 @@ class Registered:
     jacobian: JacobianStatistics
     similarity: tuple[float, float]
     stages: tuple[Stage, ...]
-    network_grid: Grid
-    planned_bytes: int
+    plan: Plan
     losses: tuple[float, ...]
 
 
@@ -93,44 +93,109 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Re
     """The whole pipeline on two images. Raises GeometryError where they do not overlap and no alignment brings them together."""
     parameters = setup.parameters
     check_pair(fixed, moving)
+    plan = make_plan(fixed.grid, moving.grid, parameters, setup.engine is None, memory_limit_bytes(parameters.run.max_memory_gb))
     before = setup.initial or stay(fixed.grid.ndim)
-    training = setup.engine is None
-    grid, need = plan_grid(fixed.grid, moving.grid, parameters, training, memory_limit_bytes(parameters.run.max_memory_gb))
     with clock("align"):
-        start = time.perf_counter()
-        f = to_network(fixed, stay(grid.ndim), grid, parameters.preprocess).to(setup.device)
-        m = to_network(moving, before, grid, parameters.preprocess).to(setup.device)
-        first = score = _score(f, m, parameters)
-        current, m, score, stage = _aligned(fixed, moving, f, m, score, before, grid, setup)
-        stages = [replace(stage, seconds=time.perf_counter() - start)]
-    _check_overlap(fixed.grid, moving.grid, current)
-    start = time.perf_counter()
-    with clock("network"):
-        engine, losses = _engine(f, m, setup)
-        # learning in bfloat16 would be twice as fast, but torch's CPU gradients are then not reproducible and now and then NaN
-        lower = parameters.run.precision == "bf16" and not training
-        with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
-            u = engine.displacement(f, m).float()
-        if not bool(torch.isfinite(u).all()):
-            raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
-        network_field, folding, repaired = _repaired(DisplacementField.from_voxels(u.cpu(), grid), parameters)
-        candidate = Transform((network_field,)).then(current).simplified()
-        after = _score(f, to_network(moving, candidate, grid, parameters.preprocess).to(setup.device), parameters)
-    why = objection(score, after, folding, parameters.guard.max_folding_percent)
-    stages.append(Stage("network", not why, time.perf_counter() - start, score if why else after, why or repaired))
-    if why:
-        log.warning("the network's field was rolled back: %s", why)
-    else:
-        current, score = candidate, after
+        course = Course(fixed, moving, setup, plan.measuring_grid, before)
+        first = course.score
+        _align(course)
+    _check_overlap(fixed.grid, moving.grid, course.transform)
+    aligned = course.transform
+    field: DisplacementField | None = None
+    losses: tuple[float, ...] = ()
+    if plan.network_grid is not None:
+        with clock("network"):
+            field, losses = _network(course, plan.network_grid)
+    if plan.refine_grid is not None:
+        with clock("refine"):
+            losses += _refine(course, plan.refine_grid, aligned, field)
     with clock("warp"):
-        displacement = displacement_on(current, fixed.grid)
+        displacement = displacement_on(course.transform, fixed.grid)
         outside = parameters.run.outside
         warped = warp(moving, Transform((displacement,)), fixed.grid, outside, setup.device)
         begin = warp(moving, before, fixed.grid, outside, setup.device)
         determinant = jacobian_determinant(displacement)
+    found = jacobian_statistics(determinant)
     return Registered(
-        current, displacement, warped, begin, determinant, jacobian_statistics(determinant), (first, score), tuple(stages), grid, need, losses
-    )
+        course.transform, displacement, warped, begin, determinant, found, (first, course.score), tuple(course.stages), plan, losses
+    )  # fmt: skip
+
+
+class Course:
+    """A registration on its way: the transform so far, what it scores on the measuring grid, and the stages that led to it."""
+
+    def __init__(self, fixed: Image, moving: Image, setup: Setup, grid: Grid, transform: Transform) -> None:
+        self.fixed, self.moving, self.setup, self.transform = fixed, moving, setup, transform
+        self.grid = grid
+        self.target = self.tensor(fixed, stay(grid.ndim), grid)
+        self.score = self.measured(transform)
+        self.stages: list[Stage] = []
+
+    def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
+        """(1, 1, *grid.shape): the image through `transform` as networks and similarities see it."""
+        return to_network(image, transform, grid, self.setup.parameters.preprocess).to(self.setup.device)
+
+    def measured(self, transform: Transform) -> float:
+        """Similarity of the fixed image and the moving one through `transform`; higher is better."""
+        similarity = self.setup.parameters.similarity
+        with torch.inference_mode():
+            return float(SIMILARITIES[similarity.name](self.target, self.tensor(self.moving, transform, self.grid), similarity))
+
+    def offer(self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, forced: bool = False) -> bool:
+        """Takes the candidate unless it scores worse or folds too much (`forced`: in any case); notes the stage. Whether it was taken."""
+        after = self.measured(candidate)
+        why = "" if forced else objection(self.score, after, folding_percent, self.setup.parameters.guard.max_folding_percent)
+        if why:
+            self.stages.append(Stage(name, False, time.perf_counter() - started, self.score, ": ".join(x for x in (note, why) if x)))
+            return False
+        self.transform, self.score = candidate, after
+        self.stages.append(Stage(name, True, time.perf_counter() - started, after, note))
+        return True
+
+
+def _align(course: Course) -> None:
+    """The headers stay unless another start is clearly better; an alignment asked for by name is taken as it is."""
+    started, method = time.perf_counter(), course.setup.parameters.align.method
+    found = align(course.fixed, course.moving, method, course.transform)
+    if found.name == "none":
+        note = "the headers already agree" if found.similarity else "not asked for"
+        course.stages.append(Stage("align", False, time.perf_counter() - started, course.score, note))
+        return
+    course.offer("align", Transform((found.affine,)).then(course.transform).simplified(), started, found.name, forced=method != "auto")
+
+
+def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, tuple[float, ...]]:
+    """(the network's field where it was taken, the losses where it was learned on this pair)."""
+    started, setup = time.perf_counter(), course.setup
+    f, m = course.tensor(course.fixed, stay(grid.ndim), grid), course.tensor(course.moving, course.transform, grid)
+    engine, losses = _engine(f, m, setup)
+    # learning in bfloat16 would be twice as fast, but torch's CPU gradients are then not reproducible and now and then NaN
+    lower = setup.parameters.run.precision == "bf16" and setup.engine is not None
+    with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
+        u = engine.displacement(f, m).float()
+    if not bool(torch.isfinite(u).all()):
+        raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
+    field = _offered(course, "network", DisplacementField.from_voxels(u.cpu(), grid), course.transform, started)
+    return field, losses
+
+
+def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
+    """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses."""
+    started, parameters = time.perf_counter(), course.setup.parameters
+    f, m = course.tensor(course.fixed, stay(grid.ndim), grid), course.tensor(course.moving, aligned, grid)
+    u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
+    refined = refine(f, m, u, parameters.refine, parameters.similarity, course.setup.progress)
+    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started)
+    return refined.losses
+
+
+def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float) -> DisplacementField | None:
+    """The field, repaired where it folds, if it was taken."""
+    field, folding, note = _repaired(field, course.setup.parameters)
+    taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding)
+    if not taken:
+        log.warning("%s was rolled back: %s", name, course.stages[-1].reason)
+    return field if taken else None
 
 
 def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[DisplacementField, float, str]:
@@ -146,23 +211,6 @@ def _folding_percent(field: DisplacementField) -> float:
     return jacobian_statistics(jacobian_determinant(field)).folding_percent
 
 
-def _aligned(
-    fixed: Image, moving: Image, f: torch.Tensor, m: torch.Tensor, score: float, before: Transform, grid: Grid, setup: Setup
-) -> tuple[Transform, torch.Tensor, float, Stage]:
-    """(transform so far, moving tensor, similarity, stage): an alignment that was not asked for by name must not lower the similarity."""
-    parameters = setup.parameters
-    found = align(fixed, moving, parameters.align.method, before)
-    if found.name == "none":
-        return before, m, score, Stage("align", False, 0, score, "the headers already agree" if found.similarity else "not asked for")
-    transform = Transform((found.affine,)).then(before).simplified()
-    moved = to_network(moving, transform, grid, parameters.preprocess).to(setup.device)
-    after = _score(f, moved, parameters)
-    why = objection(score, after, 0, 100) if parameters.align.method == "auto" else ""
-    if why:
-        return before, m, score, Stage("align", False, 0, score, f"{found.name}: {why}")
-    return transform, moved, after, Stage("align", True, 0, after, found.name)
-
-
 def _engine(f: torch.Tensor, m: torch.Tensor, setup: Setup) -> tuple[Engine, tuple[float, ...]]:
     """The trained engine, or one learned on this pair, and its losses."""
     if setup.engine is not None:
@@ -170,12 +218,6 @@ def _engine(f: torch.Tensor, m: torch.Tensor, setup: Setup) -> tuple[Engine, tup
     torch.manual_seed(setup.parameters.run.seed)
     learned = learn(build(setup.parameters, f.dim() - 2).to(setup.device), Batch(f, m), setup.parameters.oneshot, setup.progress)
     return learned.engine, learned.losses
-
-
-def _score(f: torch.Tensor, m: torch.Tensor, parameters: Parameters) -> float:
-    """Similarity, higher is better."""
-    with torch.inference_mode():
-        return float(SIMILARITIES[parameters.similarity.name](f, m, parameters.similarity))
 
 
 def _check_overlap(fixed: Grid, moving: Grid, transform: Transform) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from regtool.data.preprocess import network_grid
 from regtool.engines import build
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
+from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Parameters
 
 log = logging.getLogger("regtool")
@@ -43,24 +46,54 @@ def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: b
     return sum(sorted(outputs)[-4:]) + 12 * image_bytes
 
 
-def plan_grid(fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int) -> tuple[Grid, int]:
-    """The network grid and the predicted peak in bytes: coarsened until it fits into `limit_bytes`, which is said.
+@dataclass(frozen=True)
+class Plan:
+    """Where the stages work (None: left out) and the predicted peak. measuring_grid: where similarities are compared."""
 
-    Raises OutOfMemory, naming the least that would do, where not even a small grid fits.
+    network_grid: Grid | None
+    refine_grid: Grid | None
+    measuring_grid: Grid
+    peak_bytes: int
+
+
+def make_plan(fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int) -> Plan:
+    """Grids coarsened until the predicted peak fits into `limit_bytes`, which is said. training: the network is learned on the pair.
+
+    Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
-    wanted = FINEST_TRAINED if training and parameters.grid.max_voxels is None else None
     images = BASE + 4 * (fixed.voxels * (8 + 4 * fixed.ndim) + 4 * moving.voxels)
-    grid = network_grid(fixed, parameters.grid, wanted)
-    first = grid
-    while True:
-        need = images + activation_bytes(parameters, grid.shape, training)
-        if need <= limit_bytes:
-            break
+    needs = [0]
+    network = refining = None
+    if parameters.method is not None:
+        finest = FINEST_TRAINED if training and parameters.grid.max_voxels is None else None
+        network, need = _fitting(
+            "network", fixed, parameters.grid, finest, lambda g: activation_bytes(parameters, g.shape, training), images, limit_bytes
+        )
+        needs.append(need)
+    if parameters.refine.iterations > 0:
+        sections = GridParameters(max_voxels=parameters.refine.max_voxels)
+        refining, need = _fitting("refine", fixed, sections, None, lambda g: _refine_bytes(g, parameters), images, limit_bytes)
+        needs.append(need)
+    measuring = refining or network or network_grid(fixed, GridParameters(max_voxels=parameters.refine.max_voxels))
+    return Plan(network, refining, measuring, images + max(needs))
+
+
+def _fitting(
+    name: str, fixed: Grid, section: GridParameters, finest: int | None, cost: Callable[[Grid], int], images: int, limit: int
+) -> tuple[Grid, int]:
+    """(grid, bytes beyond `images`)."""
+    grid = first = network_grid(fixed, section, finest)
+    while images + cost(grid) > limit:
         if grid.voxels <= 64:
-            raise OutOfMemory(
-                f"--max-memory {limit_bytes / 2**30:.2g} GB is too little: this pair needs {need / 2**30:.2g} GB at least", tip="give it more memory"
-            )
-        grid = network_grid(fixed, parameters.grid, max(64, int(grid.voxels * 0.8)))
-    if grid is not first:
-        log.warning("network grid lowered from %s to %s voxels to stay under %.3g GB", first.size, grid.size, limit_bytes / 2**30)
-    return grid, need
+            need = (images + cost(grid)) / 2**30
+            raise OutOfMemory(f"--max-memory {limit / 2**30:.2g} GB is too little: this pair needs {need:.2g} GB at least", tip="give it more memory")
+        grid = network_grid(fixed, section, max(64, int(grid.voxels * 0.8)))
+    if grid.size != first.size:
+        log.warning("%s grid lowered from %s to %s voxels to stay under %.3g GB", name, first.size, grid.size, limit / 2**30)
+    return grid, cost(grid)
+
+
+def _refine_bytes(grid: Grid, parameters: Parameters) -> int:
+    """The raw field with Adam's two moments and gradient, what each smoothing leaves for the gradient, and the similarity's window means."""
+    fields = 8 + 2 * grid.ndim * parameters.refine.smoothings
+    return grid.voxels * 4 * (fields * grid.ndim + 40)

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regtool.engines import names, parameters_of
+from regtool.engines import engine_section, names
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
-from regtool.errors import ModelError, ParameterError, UsageError, did_you_mean
+from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import find_model, read_card
-from regtool.parameters import MODEL_SECTIONS, Parameters, Section, load, validated
+from regtool.parameters import MODEL_SECTIONS, Parameters, Section, load
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """parameters: complete, the engine's table included; engine: trained, or None where the method learns on the pair."""
+    """parameters: complete, the engine's table included; engine: trained, or None where there is none or it learns on the pair."""
 
     parameters: Parameters
-    engine_parameters: Section
+    engine_parameters: Section | None
     engine: Engine | None = None
     card: dict[str, Any] | None = None
     model: Path | None = None
@@ -31,22 +31,20 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
     Raises UsageError for an unknown method, ParameterError for a wrong parameter, ModelError for a model that is broken or does not fit.
     """
     asked = load(parameter_file, overrides)
-    if asked.method not in names():
-        raise UsageError(f"unknown method {asked.method!r}; {did_you_mean(asked.method, names())}", tip="`regtool methods` lists them")
     if asked.run.model is None:
-        own = _engine_parameters(asked, parameter_file, overrides)
-        return Resolved(asked.model_copy(update={"engine": own.model_dump()}), own)
+        own = engine_section(asked, parameter_file, overrides)
+        return Resolved(_with_engine(asked, own), own)
     path = find_model(asked.run.model)
     card = read_card(path)
     brought = _brought(card, path)
     parameters = load(parameter_file, overrides, brought)
     if parameters.method != card["method"]:
         raise ModelError(f"{path.name} is a {card['method']} model, not {parameters.method}", tip=f"use -m {card['method']}, or leave -m out")
-    own = _engine_parameters(parameters, parameter_file, overrides)
-    if own != validated(type(own), brought.get("engine", {}), "engine"):
+    own = engine_section(parameters, parameter_file, overrides)
+    if own != engine_section(load(None, (), brought)):
         raise ParameterError(f"[engine] differs from what {path.name} was trained with", tip="leave [engine] out where a model is given")
     run = parameters.run.model_copy(update={"model": str(path.resolve())})
-    parameters = parameters.model_copy(update={"engine": own.model_dump(), "run": run})
+    parameters = _with_engine(parameters, own).model_copy(update={"run": run})
     return Resolved(parameters, own, None if ndim is None else load_model(path, ndim)[0], card, path)
 
 
@@ -59,11 +57,11 @@ def _brought(card: dict[str, Any], path: Path) -> dict[str, Any]:
             tip="upgrade regtool",
         )
     try:
-        _engine_parameters(load(None, (), brought), None, ())
+        engine_section(load(None, (), brought))
     except ParameterError as error:
         raise ModelError(f"{path.name}: its parameters are not those of this regtool: {error.what}", tip="use the regtool that wrote it") from error
     return brought
 
 
-def _engine_parameters(parameters: Parameters, parameter_file: Path | None, overrides: tuple[str, ...]) -> Section:
-    return validated(parameters_of(parameters.method), parameters.engine, "engine", parameter_file, overrides)
+def _with_engine(parameters: Parameters, own: Section | None) -> Parameters:
+    return parameters if own is None else parameters.model_copy(update={"engine": own.model_dump()})
