@@ -63,7 +63,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     field.SetOrigin([10.0, 10.0])
     sitk.WriteTransform(sitk.DisplacementFieldTransform(field), str(folder / "field.h5"))
     for ndim in (2, 3):
-        parameters = Parameters(engine={"variant": "vm1"})
+        parameters = Parameters(method="voxelmorph", engine={"variant": "vm1"})
         save_model(folder / f"brain{ndim}.safetensors", build(parameters, ndim), parameters, name=f"brain{ndim}", training={})
     return folder
 
@@ -219,7 +219,7 @@ def card(**changes: object) -> Callable[[Path], None]:
     """A whole and sound file, but with other things on its card."""
 
     def make(path: Path) -> None:
-        parameters = Parameters(engine={"variant": "vm1"})
+        parameters = Parameters(method="voxelmorph", engine={"variant": "vm1"})
         old = read_card(Path(os.environ["KIT"]) / "brain2.safetensors")
         inner = {**old["parameters"], **changes.get("parameters", {})}  # type: ignore[dict-item]
         write_model(path, build(parameters, 2).state_dict(), {**old, **changes, "parameters": inner})
@@ -228,7 +228,7 @@ def card(**changes: object) -> Callable[[Path], None]:
 
 
 def unfinite(path: Path) -> None:
-    weights = build(Parameters(engine={"variant": "vm1"}), 2).state_dict()
+    weights = build(Parameters(method="voxelmorph", engine={"variant": "vm1"}), 2).state_dict()
     next(iter(weights.values())).fill_(float("nan"))
     write_model(path, weights, read_card(Path(os.environ["KIT"]) / "brain2.safetensors"))
 
@@ -488,13 +488,16 @@ def bad_file(name: str, text: Content | None, what: str, tip: str = "") -> list[
 
 def bad_set(text: str, what: str, tip: str = "") -> list[Case]:
     """A bad `--set` for both."""
-    lines = (("register", f"{PAIR} --set '{text}'"), ("check", f"parameters check a.toml --set '{text}'"))
+    lines = (
+        ("register", f"register KIT/fixed.nii.gz KIT/moving.nii.gz -o out -q --set '{text}'"),
+        ("check", f"parameters check a.toml --set '{text}'"),
+    )
     return [Case(f"--set {text}: {verb}", line, 2, what, tip, {"a.toml": ""}) for verb, line in lines]
 
 
 PARAMETERS = [
     *bad_file("unknown key", "[oneshot]\n# more\nlearning_rte = 1\n", r"a\.toml:3: oneshot\.learning_rte: .*did you mean 'learning_rate'", "init"),
-    *bad_file("unknown engine key", '[engine]\nvariatn = "vm1"\n', r"a\.toml:2: engine\.variatn: .*did you mean 'variant'", "init"),
+    *bad_file("unknown engine key", 'method = "voxelmorph"\n[engine]\nvariatn = "vm1"\n', r"a\.toml:3: engine\.variatn: .*did you mean 'variant'", "init"),
     *bad_file("unknown section", "\n[oneshut]\niterations = 3\n", r"a\.toml:2: oneshut: .*did you mean 'oneshot'", "init"),
     *bad_file("unknown top key", 'metod = "voxelmorph"\n', r"a\.toml:1: metod: .*did you mean 'method'", "init"),
     *bad_file("unknown key by dots", "oneshot.iteration = 1\n", r"a\.toml:1: oneshot\.iteration: .*did you mean 'iterations'"),
@@ -502,7 +505,7 @@ PARAMETERS = [
     *bad_file("inline table", '\noneshot = { iterations = "many" }\n', r"a\.toml:2: oneshot\.iterations: .*integer.*'many'"),
     *bad_file("wrong type", '[oneshot]\niterations = "many"\n', r"a\.toml:2: oneshot\.iterations: .*integer.*'many'"),
     *bad_file("out of range", "[oneshot]\niterations = -1\n", r"a\.toml:2: oneshot\.iterations: .*greater than or equal to 0, got -1"),
-    *bad_file("not one of", '[engine]\nvariant = "vm3"\n', r"a\.toml:2: engine\.variant: .*'vm1' or 'vm2', got 'vm3'"),
+    *bad_file("not one of", 'method = "voxelmorph"\n[engine]\nvariant = "vm3"\n', r"a\.toml:3: engine\.variant: .*'vm1' or 'vm2', got 'vm3'"),
     *bad_file("infinite", "[oneshot]\nlearning_rate = inf\n", r"a\.toml:2: oneshot\.learning_rate: .*finite"),
     *bad_file("NaN", "[qc]\nmin_similarity_gain = nan\n", r"a\.toml:2: qc\.min_similarity_gain: .*finite"),
     *bad_file("even window", "[similarity]\nwindow = 4\n", r"a\.toml:2: similarity\.window: expected an odd number, got 4"),
@@ -528,7 +531,7 @@ PARAMETERS = [
     *bad_set("oneshot.iterations=many", "--set oneshot.iterations=many: oneshot.iterations: .*integer"),
     *bad_set("oneshot.iterations=", "--set oneshot.iterations=: oneshot.iterations: .*integer"),
     *bad_set("oneshot.iterations.x=3", "--set oneshot.iterations.x=3"),
-    *bad_set("engine.variatn=vm1", "--set engine.variatn=vm1: engine.variatn: .*did you mean 'variant'"),
+    *bad_set("engine.variatn=vm1", r"engine\.variatn: \[engine\] needs a method", "-m"),
     *bad_set("engine=3", "--set engine=3: engine: .*dictionary"),
     *bad_set("method=voxelmorf", "did you mean 'voxelmorph'"),
     *bad_set("run.threads=100000", "run.threads: .*1024")[1:],

@@ -27,7 +27,7 @@ from regtool.engines import names, parameters_of
 from regtool.parameters import Oneshot, Parameters, Preprocess, Run, dump, load
 from tests.conftest import blobs
 
-QUICK = ("--set", "oneshot.iterations=2", "--threads", "1", "--no-qc")
+QUICK = ("-m", "voxelmorph", "--refine", "none", "--set", "oneshot.iterations=2", "--threads", "1", "--no-qc")
 REPORT = {
     "status", "method", "model", "fixed", "moving", "outputs", "similarity", "jacobian", "stages", "seconds", "peak_memory_mb", "device", "seed",
     "versions", "command", "warnings",
@@ -81,7 +81,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """`regtool ARGUMENTS` in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "regtool", *map(str, arguments)], text=True, timeout=60, **options)
+    return subprocess.run([sys.executable, "-m", "regtool", *map(str, arguments)], encoding="utf-8", timeout=60, **options)
 
 
 def verbs(group: typer.Typer, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -140,7 +140,7 @@ for arguments in {quick!r}:
     found = [name for name in {SLOW!r} if name in sys.modules]
     assert not found, (arguments, found)
 """
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], encoding="utf-8", capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -167,7 +167,7 @@ def test_as_a_module_and_as_a_script(flag: str) -> None:
     assert module.stdout.strip()
     script = Path(sys.executable).with_name("regtool")
     if script.exists():
-        assert subprocess.run([script, flag], text=True, capture_output=True, timeout=60).stdout == module.stdout
+        assert subprocess.run([script, flag], encoding="utf-8", capture_output=True, timeout=60).stdout == module.stdout
 
 
 def test_without_arguments_there_is_help(capfd: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +198,7 @@ def test_no_bars_and_no_colours_without_a_terminal(pair: tuple[Path, Path]) -> N
     assert not set("\r\x1b") & set(done.stdout + done.stderr)
     assert all(line.startswith("learning on this pair: step") for line in done.stderr.splitlines())
     report = json.loads(Path("moving_to_fixed/report.json").read_text())
-    assert report["command"].startswith("regtool register fixed.nii.gz moving.nii.gz --set oneshot.iterations=2")
+    assert report["command"].startswith("regtool register fixed.nii.gz moving.nii.gz -m voxelmorph --refine none --set oneshot.iterations=2")
 
 
 def test_json_is_the_report(pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +367,7 @@ def started(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "regtool", "register", "fixed.nii.gz", "moving.nii.gz", "--threads", "1", "-o", "out", *ENDLESS],
         cwd=folder,
-        text=True,
+        encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests themselves run in the background it is ignored

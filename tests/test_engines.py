@@ -154,11 +154,11 @@ def test_unknown_names_and_parameters_are_explained() -> None:
     with pytest.raises(UsageError, match="unknown method '_engine'"):
         engines.build(Parameters(method="_engine"), 2)
     with pytest.raises(ParameterError, match=r"engine\.varient: unknown parameter; did you mean 'variant'"):
-        engines.build(Parameters(engine={"varient": "vm1"}), 2)
+        engines.build(Parameters(method="voxelmorph", engine={"varient": "vm1"}), 2)
 
 
 def test_weights_of_another_variant_are_refused(tmp_path: Path) -> None:
-    parameters = Parameters(engine={"variant": "vm1"})
+    parameters = Parameters(method="voxelmorph", engine={"variant": "vm1"})
     path = tmp_path / "m.safetensors"
     card = save_model(path, made(parameters, 2), parameters, name="m", training={})
     tensors = read_tensors(path)
@@ -181,7 +181,7 @@ def test_weights_of_another_variant_are_refused(tmp_path: Path) -> None:
 
 
 def test_masked_similarity(ndim: int) -> None:
-    engine, batch = made(Parameters(), ndim), pair(ndim)
+    engine, batch = made(Parameters(method="voxelmorph"), ndim), pair(ndim)
     mask = torch.zeros_like(batch.fixed)
     mask[..., : mask.shape[-1] // 2] = 1
     terms = engine.losses(Batch(batch.fixed, batch.moving, mask), "registration")

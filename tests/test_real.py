@@ -85,7 +85,7 @@ def test_landmarks_of_the_lung(tmp_path: Path) -> None:
     """Brought together by their headers' centres, the error falls from 35 mm to a few; and `warp` carries points as SimpleITK does."""
     folder = DATA / "lungct_pair"
     points = ("--fixed-landmarks", folder / "baseline_landmarks.csv", "--moving-landmarks", folder / "followup_landmarks.csv")
-    quick = ("--set", "oneshot.iterations=0", "--no-qc", "-q")
+    quick = ("--refine", "none", "--no-qc", "-q")
     assert run("register", folder / "baseline.mha", folder / "followup.mha", *points, "-o", tmp_path / "out", *quick) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["before"]["tre_mm"]["mean"] == pytest.approx(35.3, abs=0.1)
@@ -130,7 +130,7 @@ def test_an_axis_order_registers_to_another(tmp_path: Path, axis_orders: list[Pa
     """An untrained network moves nothing, so `register` must give the fixed file's voxels."""
     for fixed, moving in ((axis_orders[48], axis_orders[55]), (axis_orders[5], axis_orders[42])):
         out = tmp_path / fixed.name.split(".")[0]
-        quick = ("--set", "oneshot.iterations=0", "--align", "none", "--no-qc", "-q")
+        quick = ("--refine", "none", "--align", "none", "--no-qc", "-q")
         assert run("register", fixed, moving, "-o", out, *quick) == 0
         warped, same = (sitk.GetArrayFromImage(sitk.ReadImage(str(p), sitk.sitkFloat32)) for p in (out / "warped.nii.gz", fixed))
         inner = (slice(1, -1),) * 3
@@ -145,7 +145,7 @@ def test_published_weights_reach_their_dice(tmp_path: Path, fixed: str, moving: 
     assert run("models", "import", DATA / "published_weights" / "cvpr2018_vm2_cc.h5", "-o", model) == 0
     paths = [brains / f"{fixed}.nii.gz", brains / f"{moving}.nii.gz"]
     labels = ("--fixed-labels", brains / f"{fixed}_labels.nii.gz", "--moving-labels", brains / f"{moving}_labels.nii.gz")
-    assert run("register", *paths, *labels, "--model", model, "-o", tmp_path / "out", "-q") == 0
+    assert run("register", *paths, *labels, "--model", model, "--refine", "none", "-o", tmp_path / "out", "-q") == 0
     report = check_with_sitk_alone(*paths, tmp_path / "out")
     evaluated = (brains / "evaluated_labels.txt").read_text().split()
     for when, value in (("before", 0.522), ("after", expected)):

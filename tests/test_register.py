@@ -24,7 +24,7 @@ from regtool.parameters import Parameters
 from regtool.workflows.register import Request, Result, register
 from tests.conftest import blobs, direction, smooth_field, to_sitk
 
-QUICK = ("oneshot.iterations=15", "engine.variant=vm1", "run.threads=1", "run.qc=false")
+QUICK = ("method=voxelmorph", "refine.iterations=0", "oneshot.iterations=15", "engine.variant=vm1", "run.threads=1", "run.qc=false")
 SHAPE = (30, 28, 24)
 
 
@@ -224,7 +224,7 @@ def test_memory_is_planned(tmp_path: Path) -> None:
     free = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=0"))).report["planned_memory_mb"]
     result = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=2", f"run.max_memory_gb={(free - 3) / 1024}")))
     assert result.report["planned_memory_mb"] <= free - 3
-    assert np.prod(result.report["network_grid"]["size"]) < np.prod(SHAPE)
+    assert np.prod(result.report["grids"]["network"]["size"]) < np.prod(SHAPE)
     assert any("lowered" in w for w in result.report["warnings"])
     with pytest.raises(OutOfMemory, match="too little") as error:
         register(Request(fixed, moving, overrides=(*QUICK, "run.max_memory_gb=0.01")))

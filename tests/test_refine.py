@@ -1,0 +1,106 @@
+"""Refining the field itself: fields that are known, never worse than the start, from zero and from a network, masks of the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regtool.geometry.fields import jacobian_determinant
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import DisplacementField, Image, Transform
+from regtool.geometry.sampling import warp_voxels
+from regtool.optimise.refine import _levels, _smoothed, refine
+from regtool.parameters import Refine, Similarity
+from regtool.workflows.register import Request, register
+from tests.conftest import smooth_field
+from tests.test_register import phantom
+
+SHAPE = (40, 36, 32)
+ALONE = ("run.threads=1", "run.qc=false")
+
+
+def textured(ndim: int) -> torch.Tensor:
+    """(1, 1, *shape) in [0, 1], structure everywhere at the scale of a few voxels."""
+    noise = torch.rand(1, 1, *SHAPE[:ndim], generator=torch.Generator().manual_seed(0))
+    smooth = _smoothed(noise, 3)
+    return (smooth - smooth.min()) / (smooth.max() - smooth.min())
+
+
+@pytest.mark.parametrize("name", ["lncc", "ncc", "mse"])
+def test_a_known_field_is_found(ndim: int, name: str) -> None:
+    """moving = fixed seen through d, so u must undo it: |u(x) + d(x + u(x))| falls to a fraction."""
+    fixed = textured(ndim)
+    truth = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
+    moving = warp_voxels(fixed, truth)
+    weight = {"lncc": 1.0, "ncc": 1.0, "mse": 0.01}[name]
+    found = refine(fixed, moving, None, Refine(diffusion=0.1 * weight), Similarity(name=name)).displacement  # type: ignore[arg-type]
+    middle = (slice(None), slice(None), *[slice(6, -6)] * ndim)
+    before = truth[middle].norm(dim=1).mean()
+    left = (found + warp_voxels(truth, found))[middle].norm(dim=1).mean()
+    assert left < 0.35 * before
+
+
+def test_a_good_start_is_kept_and_a_solved_pair_stays_solved(ndim: int) -> None:
+    fixed = textured(ndim)
+    still = refine(fixed, fixed, None, Refine(), Similarity())
+    assert float(still.displacement.abs().max()) < 0.1
+    truth = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
+    moving = warp_voxels(fixed, truth)
+    first = refine(fixed, moving, None, Refine(), Similarity())
+    again = refine(fixed, moving, first.displacement, Refine(), Similarity())
+    assert again.losses[-1] <= first.losses[-1] + 0.01
+    assert float((again.displacement - first.displacement).norm(dim=1).mean()) < 0.5
+
+
+def test_levels_halve_and_stop(ndim: int) -> None:
+    assert _levels((96, 80, 64)[:ndim], 3)[0] == (24, 20, 16)[:ndim]
+    assert _levels((96, 80, 64)[:ndim], 3)[-1] == (96, 80, 64)[:ndim]
+    assert _levels((5, 100, 100)[:ndim], 2)[0] == (5, 50, 50)[:ndim]  # a thin slab keeps its slices
+    assert _levels((8, 8, 8)[:ndim], 4) == [(8, 8, 8)[:ndim]]
+
+
+def test_thin_and_tiny_images(ndim: int) -> None:
+    for shape in ((5, 40, 40), (1, 30, 30), (7, 7, 7)):
+        fixed = torch.rand(1, 1, *shape[:ndim], generator=torch.Generator().manual_seed(1))
+        found = refine(fixed, fixed.flip(-1), None, Refine(iterations=5), Similarity(window=3))
+        assert found.displacement.shape == (1, ndim, *shape[:ndim])
+        assert found.displacement.isfinite().all()
+
+
+def test_register_without_a_method_refines_from_zero(ndim: int, orientation: str) -> None:
+    fixed, moving = phantom(ndim, orientation)
+    report = register(Request(fixed, moving, overrides=ALONE)).report
+    assert report["method"] == "refine"
+    assert [s["name"] for s in report["stages"] if s["kept"]][-1] == "refine"
+    assert report["similarity"]["after"] > report["similarity"]["before"] + 0.05
+    assert report["jacobian"]["folding_percent"] < 0.05
+    assert report["losses"]
+
+
+def test_refining_after_a_network_scores_higher_than_the_network(ndim: int) -> None:
+    fixed, moving = phantom(ndim)
+    method = ("method=voxelmorph", "engine.variant=vm1", "oneshot.iterations=10")
+    alone, refined = (register(Request(fixed, moving, overrides=(*ALONE, *method, f"refine.iterations={n}"))).report for n in (0, 40))
+    assert refined["similarity"]["after"] > alone["similarity"]["after"]
+    assert [s["name"] for s in refined["stages"]] == ["align", "network", "refine"]
+
+
+def test_refining_repeats_bit_for_bit(tmp_path: Path, ndim: int) -> None:
+    fixed, moving = phantom(ndim)
+    first, again = (register(Request(fixed, moving, overrides=ALONE)) for _ in range(2))
+    assert torch.equal(first.warped.data, again.warped.data)
+
+
+def test_noise_is_not_made_worse(ndim: int) -> None:
+    grid = Grid.regular((24, 20, 18)[:ndim])
+    noise = [Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(s)), grid) for s in (0, 1)]
+    result = register(Request(*noise, overrides=ALONE))
+    report = result.report
+    assert report["similarity"]["after"] >= report["similarity"]["before"] - 1e-6
+    assert report["jacobian"]["folding_percent"] <= 0.1
+    assert np.isfinite(float(jacobian_determinant(result.displacements[0]).min()))
+    assert isinstance(result.transforms[0], Transform)
+    assert isinstance(result.displacements[0], DisplacementField)
