@@ -497,7 +497,9 @@ def bad_set(text: str, what: str, tip: str = "") -> list[Case]:
 
 PARAMETERS = [
     *bad_file("unknown key", "[oneshot]\n# more\nlearning_rte = 1\n", r"a\.toml:3: oneshot\.learning_rte: .*did you mean 'learning_rate'", "init"),
-    *bad_file("unknown engine key", 'method = "voxelmorph"\n[engine]\nvariatn = "vm1"\n', r"a\.toml:3: engine\.variatn: .*did you mean 'variant'", "init"),
+    *bad_file(
+        "unknown engine key", 'method = "voxelmorph"\n[engine]\nvariatn = "vm1"\n', r"a\.toml:3: engine\.variatn: .*did you mean 'variant'", "init"
+    ),
     *bad_file("unknown section", "\n[oneshut]\niterations = 3\n", r"a\.toml:2: oneshut: .*did you mean 'oneshot'", "init"),
     *bad_file("unknown top key", 'metod = "voxelmorph"\n', r"a\.toml:1: metod: .*did you mean 'method'", "init"),
     *bad_file("unknown key by dots", "oneshot.iteration = 1\n", r"a\.toml:1: oneshot\.iteration: .*did you mean 'iterations'"),

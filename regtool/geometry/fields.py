@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,34 @@ def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
     return out
 
 
+def corner_determinant(displacement: torch.Tensor) -> torch.Tensor:
+    """(*shape) the least determinant of `I + du/dvoxel` over all choices of forward or backward differences at a voxel.
+
+    displacement: (D, *shape) in voxels of its own grid. Above zero everywhere, the field does not fold between its voxels either (up to the inside of
+    a cell); central differences can miss that, and do not see a checkerboard at all.
+    """
+    shape = displacement.shape[1:]
+    out = torch.empty(shape)
+    rows = max(1, SLAB_POINTS // max(1, displacement[0].numel() // shape[0]))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        low, high = max(start - 1, 0), min(stop + 1, shape[0])
+        sides = [[side[:, start - low : stop - low] for side in _one_sided(displacement[:, low:high], axis)] for axis in range(1, len(shape) + 1)]
+        out[start:stop] = least_determinant(sides[::-1])  # x is the last array axis
+    return out
+
+
+def least_determinant(sides: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """sides: for x, y[, z] the (D, ...) backward and forward differences of a displacement. The least `det(I + .)` of all choices."""
+    least: torch.Tensor | None = None
+    for choice in itertools.product(*sides):
+        jacobian = [[difference[row] + float(row == column) for column, difference in enumerate(choice)] for row in range(len(choice))]
+        found = determinant(jacobian)
+        least = found if least is None else torch.minimum(least, found)
+    assert least is not None
+    return least
+
+
 def determinant(matrix: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """Of n x n tensors of one shape, by expansion along the first row: for so small an n far faster than factorising at every voxel."""
     first, *rest = matrix
@@ -138,3 +167,11 @@ def _difference(u: torch.Tensor, axis: int) -> torch.Tensor:
         out.select(axis, 0).copy_(u.select(axis, 1) - u.select(axis, 0))
         out.select(axis, n - 1).copy_(u.select(axis, n - 1) - u.select(axis, n - 2))
     return out
+
+
+def _one_sided(u: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward and forward differences along an axis; at a border the one there is, along an axis of one voxel zero."""
+    if u.shape[axis] == 1:
+        return torch.zeros_like(u), torch.zeros_like(u)
+    d = u.diff(dim=axis)
+    return torch.cat([d.narrow(axis, 0, 1), d], dim=axis), torch.cat([d, d.narrow(axis, d.shape[axis] - 1, 1)], dim=axis)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from regtool.geometry.fields import determinant, jacobian_determinant
-from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField
+from regtool.geometry.fields import corner_determinant, least_determinant
 
 FLOOR = 0.02  # determinants are lifted above this, so that rounding on disk cannot fold again
 
@@ -21,8 +19,7 @@ def unfolded(displacement: torch.Tensor, sweeps: int = 400) -> torch.Tensor:
     """
     shape = displacement.shape[1:]
     u = displacement.flatten(1).clone()
-    determinant_everywhere = jacobian_determinant(DisplacementField(displacement, Grid.regular(shape)))
-    folded = torch.nonzero(determinant_everywhere.flatten() < FLOOR)[:, 0]
+    folded = torch.nonzero(corner_determinant(displacement).flatten() < FLOOR)[:, 0]
     for _ in range(sweeps):
         if len(folded) == 0:
             break
@@ -35,17 +32,14 @@ def unfolded(displacement: torch.Tensor, sweeps: int = 400) -> torch.Tensor:
 
 
 def _determinant(u: torch.Tensor, where: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """(P,) det(I + du/dvoxel) at flat indices `where`, central differences, one-sided at the border."""
-    ndim = len(shape)
-    jacobian: list[list[torch.Tensor]] = [[] for _ in range(ndim)]
-    for axis in reversed(range(ndim)):  # x is the last array axis
+    """(P,) `corner_determinant` at flat indices `where` of the (D, voxels) field u."""
+    sides = []
+    for axis in reversed(range(len(shape))):  # x is the last array axis
         low, high = _neighbours(where, shape, axis)
-        distance = (_coordinate(high, shape, axis) - _coordinate(low, shape, axis)).clamp(min=1)
-        for row, difference in zip(jacobian, (u[:, high] - u[:, low]) / distance, strict=True):
-            row.append(difference)
-    for k, row in enumerate(jacobian):
-        row[k] = row[k] + 1
-    return determinant(jacobian)
+        backward, forward = u[:, where] - u[:, low], u[:, high] - u[:, where]
+        position = _coordinate(where, shape, axis)
+        sides.append((torch.where(position > 0, backward, forward), torch.where(position < shape[axis] - 1, forward, backward)))
+    return least_determinant(sides)
 
 
 def _neighbours(where: torch.Tensor, shape: Sequence[int], axis: int) -> tuple[torch.Tensor, torch.Tensor]:

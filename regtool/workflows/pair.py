@@ -201,10 +201,10 @@ def _offered(course: Course, name: str, field: DisplacementField, base: Transfor
 def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[DisplacementField, float, str]:
     """The field without its folds, the percentage of voxels that fold still, and what was done."""
     before = _folding_percent(field)
-    if before == 0 or not parameters.guard.repair_folds:
+    if not parameters.guard.repair_folds:
         return field, before, ""
     repaired = DisplacementField.from_voxels(unfolded(field.to_voxels()), field.grid)
-    return repaired, _folding_percent(repaired), f"folds in {before:.3g} % of the voxels repaired"
+    return repaired, _folding_percent(repaired), f"folds in {before:.3g} % of the voxels repaired" if before > 0 else ""
 
 
 def _folding_percent(field: DisplacementField) -> float:
