@@ -101,7 +101,7 @@ class Oneshot(Section):
 class Refine(Section):
     """Optimising the displacement of the pair itself, after the network or instead of it."""
 
-    iterations: int = Field(60, ge=0, description="steps at each level at most; 0 leaves refining out")
+    iterations: int = Field(60, ge=0, description="steps at each level at most, half as many after a network; 0 leaves refining out")
     levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; after a network two")
     max_voxels: int = Field(900_000, ge=64, description="of the finest level; the displacement is kept on that grid")
     step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")

@@ -55,6 +55,17 @@ def test_a_good_start_is_kept_and_a_solved_pair_stays_solved(ndim: int) -> None:
     assert float((again.displacement - first.displacement).norm(dim=1).mean()) < 0.5
 
 
+def test_smoothing_equals_a_padded_mean_and_its_gradient_is_right(ndim: int) -> None:
+    u = torch.randn(1, ndim, *(5, 4, 6)[:ndim], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = u.detach().numpy()
+    for axis in range(2, u.dim()):
+        wide = np.pad(expected, [(1, 1) if a == axis else (0, 0) for a in range(u.dim())], mode="edge")
+        expected = sum(np.take(wide, range(k, k + u.shape[axis]), axis) for k in range(3)) / 3
+    assert np.allclose(_smoothed(u, 1).detach().numpy(), expected)
+    assert torch.autograd.gradcheck(lambda x: _smoothed(x, 2), (u,))
+    assert _smoothed(torch.ones(1, ndim, *[1] * ndim), 2).eq(1).all()
+
+
 def test_levels_halve_and_stop(ndim: int) -> None:
     assert _levels((96, 80, 64)[:ndim], 3)[0] == (24, 20, 16)[:ndim]
     assert _levels((96, 80, 64)[:ndim], 3)[-1] == (96, 80, 64)[:ndim]

@@ -48,13 +48,16 @@ def normalised(image: Image, parameters: Preprocess) -> Image:
     return Image(((data - bottom) / max(top - bottom, 1e-12)).clamp(0, 1) * parameters.top, image.grid)
 
 
-def to_network(image: Image, transform: Transform, grid: Grid, parameters: Preprocess) -> torch.Tensor:
-    """(1, 1, *grid.shape): the image through `transform` onto the network grid, scaled, and smoothed first where the grid is coarser."""
-    scaled = normalised(image, parameters)
-    smooth = antialiased(scaled, grid)
-    if len(transform.parts) == 1 and image.grid.same_as(grid, tolerance=1e-6) and _stays(transform):
-        return smooth.data[None]
-    return warp(smooth, transform, grid).data[None]
+def prepared(image: Image, grid: Grid, parameters: Preprocess) -> Image:
+    """Scaled, and smoothed for a grid that is coarser; what `to_network` may then warp again and again."""
+    return antialiased(normalised(image, parameters), grid)
+
+
+def to_network(ready: Image, transform: Transform, grid: Grid) -> torch.Tensor:
+    """(1, 1, *grid.shape): a `prepared` image through `transform` onto the grid."""
+    if len(transform.parts) == 1 and ready.grid.same_as(grid, tolerance=1e-6) and _stays(transform):
+        return ready.data[None]
+    return warp(ready, transform, grid).data[None]
 
 
 def antialiased(image: Image, grid: Grid) -> Image:

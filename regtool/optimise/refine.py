@@ -41,19 +41,20 @@ def refine(
 ) -> Refined:
     """Lowers `-similarity + weight * roughness` of the displacement.
 
-    fixed, moving: (1, 1, *shape) on one grid, scaled to about [0, 1]; start: (1, D, *shape) voxels, or None for no motion. With a start, the levels
-    too coarse to hold it are left out.
+    fixed, moving: (1, 1, *shape) on one grid, scaled to about [0, 1]; start: (1, D, *shape) voxels, or None for no motion. From a start only
+    the two finest levels are visited, with half the steps: what is coarse has been found.
     """
     levels = _levels(tuple(fixed.shape[2:]), parameters.levels if start is None else min(2, parameters.levels))
+    iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
     displacement = start
     losses: list[float] = []
-    total = parameters.iterations * len(levels)
+    total = iterations * len(levels)
     for shape in levels:
         f, m = _at(fixed, shape), _at(moving, shape)
         raw = _at_scale(displacement, shape, f).requires_grad_()
         optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
-        patience = max(3, parameters.iterations // 10)
-        for step in range(parameters.iterations):
+        patience = max(3, iterations // 10)
+        for step in range(iterations):
             optimiser.zero_grad(set_to_none=True)
             u = _smoothed(raw, parameters.smoothings)
             alike = SIMILARITIES[similarity.name](f, warp_voxels(m, u), similarity)
@@ -101,9 +102,30 @@ def _at_scale(displacement: torch.Tensor | None, shape: tuple[int, ...], like: t
 
 def _smoothed(u: torch.Tensor, times: int) -> torch.Tensor:
     """Means over three voxels along every axis, `times` times, the border continued."""
+    return _Boxes.apply(u, times)  # type: ignore[no-untyped-call]
+
+
+class _Boxes(torch.autograd.Function):
+    """The box mean with a continued border is a symmetric matrix, so its gradient is itself: nothing need be kept, and no copy is made per axis."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, u: torch.Tensor, times: int) -> torch.Tensor:
+        ctx.times = times  # type: ignore[attr-defined]
+        return _boxes(u, times)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _boxes(gradients[0], ctx.times), None  # type: ignore[attr-defined]
+
+
+def _boxes(u: torch.Tensor, times: int) -> torch.Tensor:
     for _ in range(times):
         for axis in range(2, u.dim()):
             n = u.shape[axis]
-            wide = torch.cat([u.narrow(axis, 0, 1), u, u.narrow(axis, n - 1, 1)], dim=axis)
-            u = (wide.narrow(axis, 0, n) + wide.narrow(axis, 1, n) + wide.narrow(axis, 2, n)) / 3
+            total = u.clone()
+            total.narrow(axis, 1, n - 1).add_(u.narrow(axis, 0, n - 1))
+            total.narrow(axis, 0, n - 1).add_(u.narrow(axis, 1, n - 1))
+            total.select(axis, 0).add_(u.select(axis, 0))
+            total.select(axis, n - 1).add_(u.select(axis, n - 1))
+            u = total.div_(3)
     return u

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import to_network
+from regtool.data.preprocess import prepared, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -127,13 +127,17 @@ class Course:
     def __init__(self, fixed: Image, moving: Image, setup: Setup, grid: Grid, transform: Transform) -> None:
         self.fixed, self.moving, self.setup, self.transform = fixed, moving, setup, transform
         self.grid = grid
+        self._ready: dict[tuple[int, tuple[int, ...]], Image] = {}
         self.target = self.tensor(fixed, stay(grid.ndim), grid)
         self.score = self.measured(transform)
         self.stages: list[Stage] = []
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
         """(1, 1, *grid.shape): the image through `transform` as networks and similarities see it."""
-        return to_network(image, transform, grid, self.setup.parameters.preprocess).to(self.setup.device)
+        key = (id(image), grid.size)  # scaling and smoothing a whole image takes longer than the warp, and is the same every time
+        if key not in self._ready:
+            self._ready[key] = prepared(image, grid, self.setup.parameters.preprocess)
+        return to_network(self._ready[key], transform, grid).to(self.setup.device)
 
     def measured(self, transform: Transform) -> float:
         """Similarity of the fixed image and the moving one through `transform`; higher is better."""
