@@ -142,7 +142,7 @@ class Course:
     def measured(self, transform: Transform) -> float:
         """Similarity of the fixed image and the moving one through `transform`; higher is better."""
         similarity = self.setup.parameters.similarity
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what is prepared in here is learned from later
             return float(SIMILARITIES[similarity.name](self.target, self.tensor(self.moving, transform, self.grid), similarity))
 
     def offer(self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, forced: bool = False) -> bool:
