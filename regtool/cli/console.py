@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,7 +42,9 @@ stderr = Log(stderr=True, highlight=False, soft_wrap=True)
 def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) -> None:
     """The result of a verb on stdout: one JSON object (what is no number is null), or a short table of two columns."""
     if as_json:
-        print(json.dumps(_strict(result), indent=2, allow_nan=False))
+        from regtool.io.files import strict_json
+
+        print(strict_json(result))
         return
     width = max(len(name) for name, _ in table)
     if sys.stdout is None or not sys.stdout.isatty():  # for `grep` and `cut`: a line a row, whatever its length
@@ -57,15 +57,6 @@ def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) ->
     for name, value in table:
         rows.add_row(escape(name), escape(value))
     Console(highlight=False).print(rows)
-
-
-def _strict(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _strict(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def logs(verbosity: int) -> None:

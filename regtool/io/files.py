@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from regtool.errors import InputError, OutputError, UsageError
 
@@ -86,6 +89,19 @@ def write_text(path: Path, text: str) -> None:
     """Atomically, UTF-8."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def strict_json(value: Any) -> str:
+    """Indented JSON, which knows no NaN and no infinity: what is no number becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(value), indent=2, allow_nan=False)
 
 
 def sha256(path: Path) -> str:

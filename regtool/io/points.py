@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,13 +129,7 @@ def _read_csv(path: Path) -> PointFile:
     points = _numbers([(k + 1, [rows[k][c] for c in columns]) for k in data], path)
 
     def render(moved: Array) -> bytes:
-        out = list(lines)
-        for k, point in zip(data, moved.tolist(), strict=True):
-            row = list(rows[k])
-            for column, value in zip(columns, point, strict=True):
-                row[column] = _text_of(value)
-            out[k] = _csv_line(row, delimiter)
-        return ("\n".join(out) + "\n").encode()
+        return _with_points(lines, rows, data, columns, moved, delimiter)
 
     return PointFile(points, render, None, () if name_column is None else tuple(rows[k][name_column].strip() for k in data))
 
@@ -154,6 +148,19 @@ def _read_elastix(path: Path) -> PointFile:
     points = _numbers(rows, path)
     indices = word != "point"
     return PointFile(points, lambda moved: _elastix_text(moved, indices).encode(), "voxel" if indices else None)
+
+
+def _with_points(
+    lines: Sequence[str], rows: Mapping[int, Sequence[str]], data: Sequence[int], columns: Sequence[int], moved: Array, delimiter: str
+) -> bytes:
+    """A table whose rows `data` hold the moved points in `columns`; every other line and cell as it was."""
+    out = list(lines)
+    for k, point in zip(data, moved.tolist(), strict=True):
+        row = list(rows[k])
+        for column, value in zip(columns, point, strict=True):
+            row[column] = _text_of(value)
+        out[k] = _csv_line(row, delimiter)
+    return ("\n".join(out) + "\n").encode()
 
 
 def _read_fcsv(path: Path) -> PointFile:
@@ -177,13 +184,7 @@ def _read_fcsv(path: Path) -> PointFile:
     label = names.index("label") if "label" in names else len(names)
 
     def render(moved: Array) -> bytes:
-        out = list(lines)
-        for k, point in zip(data, moved.tolist(), strict=True):
-            row = list(rows[k])
-            for column, value in zip(columns, point, strict=True):
-                row[column] = _text_of(value)
-            out[k] = _csv_line(row, ",")
-        return ("\n".join(out) + "\n").encode()
+        return _with_points(lines, rows, data, columns, moved, ",")
 
     points = _numbers([(k + 1, [rows[k][c] for c in columns]) for k in data], path)
     labels = tuple(rows[k][label] if label < len(rows[k]) else "" for k in data)

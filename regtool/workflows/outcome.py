@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from regtool.geometry.fields import invert
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
 from regtool.geometry.sampling import warp_labels
-from regtool.io.files import explained, sha256, staged_folder, write_text
+from regtool.io.files import explained, sha256, staged_folder, strict_json, write_text
 from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
 from regtool.metrics.landmarks import tre
@@ -147,7 +145,7 @@ def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshol
             with clock("qc"):
                 _write_page(outcome, report, checks, stage)
         report["seconds"], report["peak_memory_mb"] = seconds(outcome), peak_memory_mb()
-        write_text(stage / "report.json", to_json(report))
+        write_text(stage / "report.json", strict_json(report) + "\n")
 
 
 def _write_one(outcome: Outcome, one: Registered, stage: Path, tag: str, report: dict[str, Any]) -> dict[str, str]:
@@ -180,19 +178,6 @@ def seconds(outcome: Outcome) -> dict[str, float]:
     """By stage; `start` is the time before the workflow began (imports), `total` all of it."""
     parts = {name: round(outcome.clock.seconds.get(name, 0.0), 3) for name in ("start", "read", "align", "network", "refine", "warp", "write", "qc")}
     return {**parts, "total": round(time.perf_counter() - outcome.started, 3)}
-
-
-def to_json(report: dict[str, Any]) -> str:
-    """Strict JSON: what is no number becomes null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(report), indent=2, allow_nan=False) + "\n"
 
 
 def _found(one: Registered, similarity: str) -> dict[str, Any]:
