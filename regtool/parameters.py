@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from regtool.errors import ParameterError, did_you_mean
 
@@ -33,11 +34,20 @@ class Grid(Section):
     """The grid on which the network works; it covers the fixed image edge to edge."""
 
     spacing_mm: float | None = Field(None, gt=0, description="voxel size in mm of the network grid; left out: the fixed image's own voxels")
+    size: tuple[int, ...] | None = Field(None, description="voxels along x, y[, z], whatever their size then is; instead of spacing_mm")
     max_voxels: int | None = Field(
         None,
         ge=64,
         description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 250000 (without)",
     )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Grid:
+        if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
+            raise ValueError("size: expected two or three positive numbers")
+        if self.size is not None and (self.spacing_mm is not None or self.max_voxels is not None):
+            raise ValueError("size goes without spacing_mm and max_voxels")
+        return self
 
 
 class Preprocess(Section):
@@ -57,28 +67,46 @@ class Preprocess(Section):
         return value
 
 
-class Similarity(Section):
-    """What a good match is. Also what the guard and the report measure."""
+class Measure(Section):
+    """What a good match is: what the guard compares, refining raises and the report states."""
 
-    name: Literal["lncc", "ncc", "mse"] = Field(
-        "lncc", description="lncc: squared local correlation; ncc: global correlation; mse: mean squared error"
+    name: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
+        "lncc",
+        description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
+        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients)",
     )
-    window: int = Field(9, ge=3, description="voxels across the window of lncc, odd")
-    weight: float = Field(1.0, gt=0, description="factor of the similarity term")
+    window: int | None = Field(None, ge=3, description="voxels across the window of lncc or lg, odd; left out: 9 for lncc, 7 for lg")
+    bins: int = Field(32, ge=4, le=256, description="of each image in the joint histogram of mi")
 
     @field_validator("window")
     @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
+    def _odd(cls, value: int | None) -> int | None:
+        if value is not None and value % 2 == 0:
             raise ValueError("expected an odd number")
         return value
 
 
-class Regularity(Section):
-    """How smooth the displacement must be."""
+class Similarity(Measure):
+    """What a network learns to raise."""
 
-    name: Literal["diffusion"] = Field("diffusion", description="diffusion: mean squared gradient of the displacement")
-    weight: float = Field(1.0, ge=0, description="factor of the regularity term")
+    weight: float = Field(1.0, gt=0, description="factor of the similarity term")
+
+
+class Regularity(Section):
+    """How smooth the displacements of a network shall be: factors of terms that are added up, 0 leaves a term out."""
+
+    diffusion: float = Field(1.0, ge=0, description="mean squared gradient (Balakrishnan 2018)")
+    bending: float = Field(0.0, ge=0, description="bending energy: mean squared second derivatives (Rueckert 1999)")
+    tv: float = Field(0.0, ge=0, description="total variation, the sum over all voxels (Ferrante 2018), not the mean")
+    l2: float = Field(0.0, ge=0, description="Euclidean norm of the whole displacement, divided by the number of voxels (Ferrante 2018)")
+    folding: float = Field(0.0, ge=0, description="mean of how far the Jacobian determinant falls below zero")
+
+
+class Supervision(Section):
+    """What else a network learns from, for pairs that have it: factors, 0 leaves a term out."""
+
+    dice: float = Field(0.0, ge=0, description="1 - mean soft Dice of the warped labels, where a pair has labels")
+    landmarks: float = Field(0.0, ge=0, description="mean distance in voxels of the mapped landmarks, where a pair has landmarks")
 
 
 class Align(Section):
@@ -96,6 +124,52 @@ class Oneshot(Section):
     iterations: int = Field(300, ge=0, description="steps at most")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
     patience: int = Field(60, ge=1, description="stop after so many steps without a better loss")
+
+
+class Augment(Section):
+    """Random changes to the pairs a network learns from; the same to both images unless said otherwise."""
+
+    flip: float = Field(0.0, ge=0, le=1, description="probability of mirroring each axis")
+    rotate90: float = Field(0.0, ge=0, le=1, description="probability of quarter turns in the x-y plane, where x and y have equal sizes")
+    rotation_degrees: float = Field(0.0, ge=0, le=180, description="largest rotation about each axis")
+    scaling: float = Field(0.0, ge=0, lt=1, description="largest relative change of size")
+    translation: float = Field(0.0, ge=0, lt=1, description="largest shift, as a part of the image's size")
+    elastic_voxels: float = Field(
+        0.0, ge=0, description="largest displacement, in voxels, of a smooth random field that deforms the moving image only; the field is known"
+    )
+    elastic_spacing: float = Field(16.0, ge=2, description="voxels between the control points of that field")
+    intensity: float = Field(0.0, ge=0, lt=1, description="strength of random gamma, contrast and brightness, other for each image")
+    noise: float = Field(0.0, ge=0, lt=1, description="largest standard deviation of added noise, intensities being 0 to 1")
+
+
+class Train(Section):
+    """How `regtool train` runs."""
+
+    steps: int = Field(10_000, ge=1, description="updates of the weights")
+    max_minutes: float | None = Field(None, gt=0, description="end earlier, after so many minutes of this run")
+    batch_size: int = Field(1, ge=1, description="pairs in one pass, on each GPU or process")
+    accumulate: int = Field(1, ge=1, description="passes added up before an update")
+    learning_rate: float = Field(1e-4, gt=0, description="of Adam, at its highest")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's moments")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate; cosine: down to a hundredth at the last step")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
+    clip_norm: float | None = Field(None, gt=0, description="scale each update's gradient down to this norm; left out: never")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the running mean of the weights that is validated and kept; 0: the weights themselves")
+    precision: Literal["float32", "bf16"] = Field("float32", description="of the convolutions; bf16 on a GPU only")
+    validation_share: float = Field(0.1, ge=0, lt=1, description="part of the pairs, or images, held out by id where no validation list is given")
+    validation_pairs: int = Field(20, ge=1, description="pairs that are looked at in a validation, spread over all that there are")
+    validate_every: int = Field(500, ge=1, description="steps between validations")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between the lines of history.csv, each the mean of so many")
+    tensorboard: bool = Field(False, description="write TensorBoard event files too; needs the extra `tensorboard`")
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("expected two numbers from 0 to below 1")
+        return value
 
 
 class Refine(Section):
@@ -158,17 +232,22 @@ class Parameters(Section):
     engine: dict[str, Any] = Field({}, description="the method's own parameters, see `regtool parameters init METHOD`")
     similarity: Similarity = Similarity()
     regularity: Regularity = Regularity()
+    supervision: Supervision = Supervision()
+    augment: Augment = Augment()
+    train: Train = Train()
+    measure: Measure = Measure()
     oneshot: Oneshot = Oneshot()
     refine: Refine = Refine()
     guard: Guard = Guard()
     qc: Quality = Quality()
 
 
-MODEL_SECTIONS = ("method", "grid", "preprocess", "engine", "similarity", "regularity")  # what a model brings with it
+MODEL_SECTIONS = ("method", "grid", "preprocess", "engine", "similarity", "regularity", "supervision")  # what a model brings with it
+Defaults = Callable[[str], dict[str, Any]]
 
 
-def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None) -> Parameters:
-    """`base` (what a model brings) < file < `section.key=value` overrides, validated.
+def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None, defaults: Defaults | None = None) -> Parameters:
+    """`defaults(method)` < `base` (what a model brings) < file < `section.key=value` overrides, validated.
 
     Raises ParameterError naming file, line, key and the nearest known key; UsageError/InputError-like trouble with the file likewise.
     """
@@ -179,6 +258,8 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any
     values = _merged(copy.deepcopy(base or {}), tables)
     for override in overrides:
         _set(values, override)
+    if defaults is not None and isinstance(values.get("method"), str):
+        values = _merged(copy.deepcopy(defaults(values["method"])), values)
     try:
         return Parameters.model_validate(values)
     except ValidationError as error:

@@ -21,8 +21,8 @@ from regtool.losses.similarity import lncc
 from regtool.parameters import Parameters
 from tests.conftest import blobs
 
-METHODS = [(name, Parameters(method=name)) for name in engines.names()]
-METHODS.append(("voxelmorph, velocity", Parameters(method="voxelmorph", engine={"integration_steps": 5})))
+METHODS = [(name, engines.read_parameters(None, (f"method={name}",))) for name in engines.names()]
+METHODS.append(("voxelmorph, velocity", engines.read_parameters(None, ("method=voxelmorph", "engine.integration_steps=5"))))
 
 
 @pytest.fixture(params=METHODS, ids=[m[0] for m in METHODS])

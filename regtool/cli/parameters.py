@@ -22,14 +22,14 @@ def init(
     overwrite: Overwrite = False,
 ) -> None:
     """Print a complete parameter file of METHOD, each field with its meaning and default."""
-    from regtool.engines import parameters_of
+    from regtool.engines import parameters_of, read_parameters
     from regtool.io.files import refuse_existing, write_text
-    from regtool.parameters import Parameters, dump
+    from regtool.parameters import dump
 
     engine = parameters_of(method)() if method else None
     name = output.name if output else "FILE.toml"
     opening = f"Register:  regtool register FIXED MOVING -p {name}\nCheck:     regtool parameters check {name}"
-    text = dump(Parameters(method=method), opening, engine, documented=True)
+    text = dump(read_parameters(None, (f"method={method}",) if method else ()), opening, engine, documented=True)
     if output is None:
         print(text, end="")
         return
@@ -41,10 +41,9 @@ def init(
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="A parameter file.")], overrides: Set = None, as_json: Json = False) -> None:
     """Check FILE without running anything: unknown keys, wrong types and values are named with their line."""
-    from regtool.engines import engine_section
-    from regtool.parameters import load
+    from regtool.engines import engine_section, read_parameters
 
-    parameters = load(file, tuple(overrides or ()))
+    parameters = read_parameters(file, tuple(overrides or ()))
     engine = engine_section(parameters, file, tuple(overrides or ()))
     found = parameters.model_copy(update={"engine": engine.model_dump() if engine else {}}).model_dump(mode="json")
     emit({"file": str(file), "valid": True, "parameters": found}, [(str(file), f"valid, method {parameters.method or 'none'}")], as_json)

@@ -84,7 +84,8 @@ def register(
         ),
     ] = None,
     similarity: Annotated[
-        Literal["lncc", "ncc", "mse"] | None, typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False)
+        Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None,
+        typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False),
     ] = None,
     refine: Annotated[
         str | None,
@@ -160,7 +161,8 @@ def register(
         "run.model": model,
         "align.method": align,
         "run.initial_transform": initial_transform.resolve() if initial_transform else None,
-        "similarity.name": similarity,
+        "measure.name": similarity,
+        "similarity.name": similarity if model is None else None,
         "refine.iterations": _iterations(refine),
         "run.inverse": inverse,
         "run.format": image_format,

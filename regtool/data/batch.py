@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+Points = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs on one voxel grid. fixed, moving: (N, C, *shape) as the network sees them; fixed_mask: (N, 1, *shape), where similarity counts."""
+    """N pairs on one voxel grid.
+
+    fixed, moving: (N, C, *shape) as the network sees them; masks: (N, 1, *shape) >= 0, where similarity counts; labels: (N, 1, *shape) int64, of
+    both images or of neither; points: for each pair the (P, D) voxel indices of its landmarks, x first, or None.
+    """
 
     fixed: torch.Tensor
     moving: torch.Tensor
     fixed_mask: torch.Tensor | None = None
+    moving_mask: torch.Tensor | None = None
+    fixed_labels: torch.Tensor | None = None
+    moving_labels: torch.Tensor | None = None
+    fixed_points: Points = ()
+    moving_points: Points = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(self.fixed.to(device), self.moving.to(device), None if self.fixed_mask is None else self.fixed_mask.to(device))
+
+        def moved(value: torch.Tensor | Points | None) -> torch.Tensor | Points | None:
+            if isinstance(value, tuple):
+                return tuple(None if p is None else p.to(device) for p in value)
+            return None if value is None else value.to(device)
+
+        return Batch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+    def swapped(self) -> Batch:
+        """The same pairs registered the other way."""
+        return Batch(
+            self.moving,
+            self.fixed,
+            self.moving_mask,
+            self.fixed_mask,
+            self.moving_labels,
+            self.fixed_labels,
+            self.moving_points,
+            self.fixed_points,
+        )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from regtool.errors import GeometryError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import warp
@@ -18,7 +19,11 @@ QUANTILE_SAMPLES = 1_000_000
 
 
 def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None = None) -> Grid:
-    """The grid the network works on: the fixed image's block of space at the wanted spacing, its finest axes coarsened to `max_voxels`."""
+    """The grid the network works on: the fixed image's block of space at the wanted spacing or size, its finest axes coarsened to `max_voxels`."""
+    if parameters.size is not None:
+        if len(parameters.size) != fixed.ndim:
+            raise GeometryError(f"grid.size has {len(parameters.size)} numbers, the images are {fixed.ndim}-D", tip="give one for each axis")
+        return fixed if parameters.size == fixed.size else fixed.resized(parameters.size)
     spacing = np.array(fixed.spacing)
     if parameters.spacing_mm is not None:
         spacing = np.full(fixed.ndim, parameters.spacing_mm)

@@ -1,5 +1,6 @@
-"""The methods. One file here is one method: its docstring's first line describes it, its `Parameters` is the `[engine]` section, its one
-subclass of `Engine` does the work. Nothing has to be registered anywhere. Files that start with `_` are no methods. No torch until `load`.
+"""The methods. One file here is one method: its docstring's first line describes it, its `Parameters` is the `[engine]` section, its `DEFAULTS` are
+what the paper has in the other sections, its one subclass of `Engine` does the work. Nothing has to be registered anywhere. Files that start with
+`_` are no methods. No torch until `load`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from regtool.errors import ParameterError, RegtoolError, UsageError, did_you_mean
 from regtool.parameters import Parameters, Section, validated
+from regtool.parameters import load as load_parameters
 
 if TYPE_CHECKING:
     from regtool.engines._engine import Engine
@@ -48,6 +50,20 @@ def parameters_of(name: str) -> type[Section]:
     return schema
 
 
+def defaults_of(name: str) -> dict[str, Any]:
+    """What the method's paper has in the other sections: its literal `DEFAULTS`, {section: {key: value}}. UsageError for an unknown name."""
+    for node in _tree(name).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "DEFAULTS" for t in node.targets):
+            found: dict[str, Any] = ast.literal_eval(node.value)
+            return found
+    return {}
+
+
+def read_parameters(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None) -> Parameters:
+    """`parameters.load` with the method's own defaults at the bottom. UsageError for an unknown method."""
+    return load_parameters(path, overrides, base, defaults_of)
+
+
 def load(name: str) -> type[Engine]:
     """The method's engine class; imports torch. UsageError with the nearest name for an unknown one."""
     _tree(name)
@@ -73,7 +89,7 @@ def build(parameters: Parameters, ndim: int, channels: int = 1) -> Engine:
         raise UsageError("no method is named, so there is no network to build", tip="name one with -m")
     engine = load(parameters.method)
     own = validated(importlib.import_module(engine.__module__).Parameters, parameters.engine, "engine")
-    return engine(own, parameters.similarity, parameters.regularity, ndim=ndim, channels=channels)
+    return engine(own, parameters, ndim=ndim, channels=channels)
 
 
 @functools.cache

@@ -12,22 +12,27 @@ from torch import nn
 from regtool.data.batch import Batch
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import REGULARITIES, SIMILARITIES
-from regtool.parameters import Regularity, Section, Similarity
+from regtool.losses.supervision import landmark_distance, soft_dice
+from regtool.parameters import Parameters, Section
 
 
 class Engine(nn.Module, ABC):
     """One registration method: for fixed F and moving M on one voxel grid of any size, `M(x + displacement(F, M)(x))` resembles `F(x)`.
 
-    phases: one optimiser each, run in this order in every step; a method with an adversary declares several.
+    phases: one optimiser each, run in this order in every step, each on pairs of its own; a method with an adversary declares several, the
+    one that trains what `displacement` uses last. passes: how many passes like `displacement` a step of training keeps in memory.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("registration",)
+    passes: ClassVar[int] = 1
 
-    def __init__(self, parameters: Section, similarity: Similarity, regularity: Regularity, *, ndim: int, channels: int = 1) -> None:  # noqa: ARG002
+    def __init__(self, settings: Section, parameters: Parameters, *, ndim: int, channels: int = 1) -> None:  # noqa: ARG002
+        """settings: the method's own `[engine]` section; parameters: the whole file; channels: of each image."""
         super().__init__()
-        self.settings = parameters
-        self.similarity = similarity
-        self.regularity = regularity
+        self.settings = settings
+        self.similarity = parameters.similarity
+        self.regularity = parameters.regularity
+        self.supervision = parameters.supervision
         self.ndim = ndim
 
     @abstractmethod
@@ -39,12 +44,27 @@ class Engine(nn.Module, ABC):
         return self.registration_losses(batch, self.displacement(batch.fixed, batch.moving))
 
     def registration_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Minus the similarity of warped moving and fixed image, and the roughness of the displacement, as `[similarity]` and `[regularity]` say."""
+        """Minus the similarity of warped moving and fixed image, and the other terms of `[similarity]`, `[regularity]` and `[supervision]`."""
         warped = warp_voxels(batch.moving, displacement)
         alike = SIMILARITIES[self.similarity.name](batch.fixed, warped, self.similarity, batch.fixed_mask)
-        rough = REGULARITIES[self.regularity.name](displacement)
-        return {self.similarity.name: -self.similarity.weight * alike, self.regularity.name: self.regularity.weight * rough}
+        return {self.similarity.name: -self.similarity.weight * alike, **self.field_losses(batch, displacement)}
+
+    def field_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The terms of `[regularity]` and `[supervision]` whose factor is not zero."""
+        terms = {name: weight * REGULARITIES[name](displacement) for name, weight in self.regularity if weight > 0}
+        if self.supervision.dice > 0 and batch.fixed_labels is not None and batch.moving_labels is not None:
+            terms["dice"] = self.supervision.dice * (1 - soft_dice(batch.fixed_labels, batch.moving_labels, displacement))
+        if self.supervision.landmarks > 0 and any(p is not None for p in batch.fixed_points):
+            terms["landmarks"] = self.supervision.landmarks * landmark_distance(batch.fixed_points, batch.moving_points, displacement)
+        return terms
 
     def trainable(self, phase: str) -> Iterable[nn.Parameter]:  # noqa: ARG002
         """What the optimiser of `phase` may change."""
         return self.parameters()
+
+    def drop_training_parts(self) -> None:  # most methods have none
+        """Removes the networks that `displacement` does not use; what is left is what a model file holds."""
+
+    def warning(self) -> str | None:
+        """What the steps of training so far give reason to warn of."""
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def load_model(path: Path, ndim: int | None = None, device: torch.device | None 
         raise ModelError(
             f"{path}: its parameters are not those of this regtool: {str(error).splitlines()[0]}", tip="use the regtool version that wrote it"
         ) from error
+    engine.drop_training_parts()
     _load(engine, read_tensors(path), path)
     return engine.to(device or torch.device("cpu")).eval(), card
 
@@ -43,7 +45,9 @@ def load_model(path: Path, ndim: int | None = None, device: torch.device | None 
 def save_model(
     path: Path, engine: Engine, parameters: Parameters, *, name: str, training: dict[str, Any], licence: str = "", citation: str = ""
 ) -> dict[str, Any]:
-    """Writes the model file and returns its card. training: whatever is known of how the weights came about (JSON-able)."""
+    """Writes what `displacement` needs as a model file; returns its card. training: whatever is known of how the weights came about (JSON-able)."""
+    kept = copy.deepcopy(engine)
+    kept.drop_training_parts()
     resolved = parameters.model_copy(update={"engine": engine.settings.model_dump()})
     card = {
         "method": parameters.method,
@@ -54,7 +58,7 @@ def save_model(
         "licence": licence,
         "citation": citation,
     }
-    return write_model(path, engine.state_dict(), card)
+    return write_model(path, kept.state_dict(), card)
 
 
 def _load(engine: Engine, tensors: dict[str, torch.Tensor], path: Path) -> None:

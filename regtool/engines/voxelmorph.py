@@ -16,9 +16,11 @@ from regtool.deformation.velocity import velocity
 from regtool.engines._engine import Engine
 from regtool.networks.blocks import at_multiple
 from regtool.networks.unet import UNet
-from regtool.parameters import Regularity, Section, Similarity
+from regtool.parameters import Parameters as AllParameters
+from regtool.parameters import Section
 
 ENCODER = (16, 32, 32, 32)
+DEFAULTS = {"regularity": {"diffusion": 1.5}, "train": {"steps": 150_000}}  # diffusion: of VoxelMorph-2; VoxelMorph-1 had 1.0, either 0.01 with mse
 DECODER = {"vm1": (32, 32, 32, 32, 8, 8), "vm2": (32, 32, 32, 32, 32, 16, 16)}
 
 
@@ -37,10 +39,10 @@ class Parameters(Section):
 class VoxelMorph(Engine):
     """Balakrishnan et al., CVPR 2018; loss: -similarity + weight * diffusion, weight 1.0 (vm1) or 1.5 (vm2) with LNCC, 0.01 with MSE."""
 
-    def __init__(self, parameters: Parameters, similarity: Similarity, regularity: Regularity, *, ndim: int, channels: int = 1) -> None:
-        super().__init__(parameters, similarity, regularity, ndim=ndim, channels=channels)
-        self.integration_steps = parameters.integration_steps
-        self.network = UNet(ndim, 2 * channels, ndim, ENCODER, DECODER[parameters.variant], half_resolution=self.integration_steps > 0)
+    def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
+        super().__init__(settings, parameters, ndim=ndim, channels=channels)
+        self.integration_steps = settings.integration_steps
+        self.network = UNet(ndim, 2 * channels, ndim, ENCODER, DECODER[settings.variant], half_resolution=self.integration_steps > 0)
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels."""

@@ -12,7 +12,7 @@ from regtool.parameters import Similarity
 
 # (fixed, warped, the [similarity] section, weight or None) -> scalar, not yet multiplied by the section's weight
 SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
-    "lncc": lambda fixed, warped, parameters=Similarity(), weight=None: lncc(fixed, warped, weight, parameters.window),  # noqa: B008
+    "lncc": lambda fixed, warped, parameters=Similarity(), weight=None: lncc(fixed, warped, weight, parameters.window or 9),  # noqa: B008
     "ncc": lambda fixed, warped, parameters=None, weight=None: ncc(fixed, warped, weight),  # noqa: ARG005
     "mse": lambda fixed, warped, parameters=None, weight=None: mse(fixed, warped, weight),  # noqa: ARG005
 }

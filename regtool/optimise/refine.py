@@ -16,7 +16,7 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.geometry.sampling import resample, resize_voxels, warp_voxels
 from regtool.losses import REGULARITIES, SIMILARITIES
-from regtool.parameters import Refine, Similarity
+from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
@@ -36,7 +36,7 @@ def refine(
     moving: torch.Tensor,
     start: torch.Tensor | None,
     parameters: Refine,
-    similarity: Similarity,
+    measure: Measure,
     progress: Progress | None = None,
 ) -> Refined:
     """Lowers `-similarity + weight * roughness` of the displacement.
@@ -57,7 +57,7 @@ def refine(
         for step in range(iterations):
             optimiser.zero_grad(set_to_none=True)
             u = _smoothed(raw, parameters.smoothings)
-            alike = SIMILARITIES[similarity.name](f, warp_voxels(m, u), similarity)
+            alike = SIMILARITIES[measure.name](f, warp_voxels(m, u), measure)
             rough = REGULARITIES["diffusion"](u)
             loss = -alike + parameters.diffusion * rough
             loss.backward()

@@ -107,5 +107,5 @@ def _as_published(variant: str) -> Parameters:
         preprocess=Preprocess(intensity="percentile", percentiles=(0.0, 99.9), top=FREESURFER_TOP),
         engine={"variant": variant, "integration_steps": 0},
         similarity=Similarity(name="lncc", window=9),
-        regularity=Regularity(name="diffusion", weight={"vm1": 1.0, "vm2": 1.5}[variant]),
+        regularity=Regularity(diffusion={"vm1": 1.0, "vm2": 1.5}[variant]),
     )

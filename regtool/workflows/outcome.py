@@ -96,7 +96,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         "fixed": _described(outcome.fixed_source, outcome.fixed),
         "moving": _described(outcome.moving_source, outcome.moving),
         "outputs": {},
-        **_found(first, parameters.similarity.name),
+        **_found(first, parameters.measure.name),
         "seconds": seconds(outcome),
         "peak_memory_mb": peak_memory_mb(),
         "planned_memory_mb": round(first.plan.peak_bytes / 2**20, 1),
@@ -114,7 +114,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         "qc": [{"name": n, "value": v, "limit": lim, "passed": p} for n, v, lim, p in checks],
     }
     if len(outcome.done) > 1:
-        report["time_points"] = [_found(d, parameters.similarity.name) for d in outcome.done]
+        report["time_points"] = [_found(d, parameters.measure.name) for d in outcome.done]
     if first.losses:
         report["losses"] = [round(x, 6) for x in first.losses]
     for when, values in (("before", outcome.evaluation.before), ("after", outcome.evaluation.after)):

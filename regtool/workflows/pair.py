@@ -141,9 +141,9 @@ class Course:
 
     def measured(self, transform: Transform) -> float:
         """Similarity of the fixed image and the moving one through `transform`; higher is better."""
-        similarity = self.setup.parameters.similarity
+        measure = self.setup.parameters.measure
         with torch.no_grad():  # not inference mode: what is prepared in here is learned from later
-            return float(SIMILARITIES[similarity.name](self.target, self.tensor(self.moving, transform, self.grid), similarity))
+            return float(SIMILARITIES[measure.name](self.target, self.tensor(self.moving, transform, self.grid), measure))
 
     def offer(self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, forced: bool = False) -> bool:
         """Takes the candidate unless it scores worse or folds too much (`forced`: in any case); notes the stage. Whether it was taken."""
@@ -188,7 +188,7 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
     started, parameters = time.perf_counter(), course.setup.parameters
     f, m = course.tensor(course.fixed, stay(grid.ndim), grid), course.tensor(course.moving, aligned, grid)
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
-    refined = refine(f, m, u, parameters.refine, parameters.similarity, course.setup.progress)
+    refined = refine(f, m, u, parameters.refine, parameters.measure, course.setup.progress)
     _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started)
     return refined.losses
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regtool.engines import engine_section, names
+from regtool.engines import engine_section, names, read_parameters
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
 from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import find_model, read_card
-from regtool.parameters import MODEL_SECTIONS, Parameters, Section, load
+from regtool.parameters import MODEL_SECTIONS, Parameters, Section
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
 
     Raises UsageError for an unknown method, ParameterError for a wrong parameter, ModelError for a model that is broken or does not fit.
     """
-    asked = load(parameter_file, overrides)
+    asked = read_parameters(parameter_file, overrides)
     if asked.run.model is None:
         own = engine_section(asked, parameter_file, overrides)
         return Resolved(_with_engine(asked, own), own)
     path = find_model(asked.run.model)
     card = read_card(path)
     brought = _brought(card, path)
-    parameters = load(parameter_file, overrides, brought)
+    parameters = read_parameters(parameter_file, overrides, brought)
     if parameters.method != card["method"]:
         raise ModelError(f"{path.name} is a {card['method']} model, not {parameters.method}", tip=f"use -m {card['method']}, or leave -m out")
     own = engine_section(parameters, parameter_file, overrides)
-    if own != engine_section(load(None, (), brought)):
+    if own != engine_section(read_parameters(None, (), brought)):
         raise ParameterError(f"[engine] differs from what {path.name} was trained with", tip="leave [engine] out where a model is given")
     run = parameters.run.model_copy(update={"model": str(path.resolve())})
     parameters = _with_engine(parameters, own).model_copy(update={"run": run})
@@ -57,7 +57,7 @@ def _brought(card: dict[str, Any], path: Path) -> dict[str, Any]:
             tip="upgrade regtool",
         )
     try:
-        engine_section(load(None, (), brought))
+        engine_section(read_parameters(None, (), brought))
     except ParameterError as error:
         raise ModelError(f"{path.name}: its parameters are not those of this regtool: {error.what}", tip="use the regtool that wrote it") from error
     return brought
