@@ -29,7 +29,7 @@ def landmark_distance(
     distances = []
     for fixed, moving, u in zip(fixed_points, moving_points, displacement, strict=True):
         if fixed is not None and moving is not None:
-            moved = fixed + sample(u[None], fixed[None])[0].movedim(0, -1)
+            moved = fixed + sample(u, fixed.to(u.dtype)).T
             distances.append((moved - moving).square().sum(dim=-1).clamp(min=1e-12).sqrt())
     return torch.cat(distances).mean()
 
