@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from regtool.deformation.dense import dense
 from regtool.geometry.fields import exponential
-from regtool.geometry.sampling import resize_voxels
 
 
 def velocity(output: torch.Tensor, shape: Sequence[int], squarings: int = 7) -> torch.Tensor:
@@ -15,7 +15,4 @@ def velocity(output: torch.Tensor, shape: Sequence[int], squarings: int = 7) -> 
 
     Integrated by scaling and squaring on the coarse grid, then interpolated edge to edge and multiplied by the ratio of sizes, axis by axis.
     """
-    u = exponential(output.to(torch.promote_types(output.dtype, torch.float32)).contiguous(), squarings)
-    ratio = [n / m for n, m in zip(shape, u.shape[2:], strict=True)]
-    scale = torch.as_tensor(ratio[::-1], dtype=u.dtype, device=u.device).reshape(1, -1, *[1] * len(ratio))  # component 0 is the last axis
-    return resize_voxels(u, shape) * scale
+    return dense(exponential(output.contiguous(), squarings), shape)

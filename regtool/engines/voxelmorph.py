@@ -36,18 +36,29 @@ class Parameters(Section):
     )
 
 
+class Network(UNet):
+    """The published network with what turns its output into a displacement."""
+
+    def __init__(self, variant: str, integration_steps: int, *, ndim: int, channels: int) -> None:
+        super().__init__(ndim, 2 * channels, ndim, ENCODER, DECODER[variant], half_resolution=integration_steps > 0)
+        self.integration_steps = integration_steps
+
+    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """(N, C, *shape) twice to (N, D, *shape) voxels; any shape."""
+        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.multiple).contiguous()
+
+    def _deform(self, images: torch.Tensor) -> torch.Tensor:
+        output, shape = self(images), images.shape[2:]
+        return velocity(output, shape, self.integration_steps) if self.integration_steps else dense(output, shape)
+
+
 class VoxelMorph(Engine):
     """Balakrishnan et al., CVPR 2018; loss: -similarity + weight * diffusion, weight 1.0 (vm1) or 1.5 (vm2) with LNCC, 0.01 with MSE."""
 
     def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
         super().__init__(settings, parameters, ndim=ndim, channels=channels)
-        self.integration_steps = settings.integration_steps
-        self.network = UNet(ndim, 2 * channels, ndim, ENCODER, DECODER[settings.variant], half_resolution=self.integration_steps > 0)
+        self.network = Network(settings.variant, settings.integration_steps, ndim=ndim, channels=channels)
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels."""
-        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.network.multiple).contiguous()
-
-    def _deform(self, images: torch.Tensor) -> torch.Tensor:
-        output = self.network(images)
-        return velocity(output, images.shape[2:], self.integration_steps) if self.integration_steps else dense(output)
+        return self.network.displacement(fixed, moving)

@@ -69,7 +69,7 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], card: Mapping[s
 
 def read_card(path: Path) -> dict[str, Any]:
     """The card from the file's header alone; no torch. ModelError for anything but an undamaged regtool model."""
-    metadata = _header(path).get("__metadata__")
+    metadata = tensor_file_header(path).get("__metadata__")
     form = metadata.get("format") if isinstance(metadata, dict) else None
     if not isinstance(form, str) or not form.startswith("regtool-model/"):
         raise ModelError(f"{path} is a safetensors file, but no regtool model: it has no model card", tip="`regtool models list` shows usable models")
@@ -103,9 +103,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: 8 bytes of length, then that many of JSON; its offsets must fill the file exactly."""
-    require_file(path, "model file")
+def tensor_file_header(path: Path, what: str = "model file") -> dict[str, Any]:
+    """The JSON header of a safetensors file: 8 bytes of length, then that many of JSON; its offsets must fill the file exactly.
+
+    Raises InputError where there is no file, ModelError where it is another kind of file, cut off or too long.
+    """
+    require_file(path, what)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

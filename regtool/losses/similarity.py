@@ -5,12 +5,12 @@ All take (N, C, *shape) images and an optional (N, 1, *shape) weight >= 0, retur
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from regtool.losses.means import accumulator, at_least_float32, share, share_of_each
 from regtool.losses.window import chunks, window_count, window_sum
 
 EPSILON = 1e-5  # smallest variance a voxel that counts, for intensities in [0, 1]: a standard deviation of 0.003
@@ -23,40 +23,27 @@ def lncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None 
     agree at the border), after the volume's mean was taken off (E[x^2] - E[x]^2 of Hounsfield units has no digits left in float32).
     Windows flatter than eps = 1e-5, or than rounding can tell, count as no correlation. Blind to contrast inversion within a window.
     """
-    fixed, warped = _at_least_float32(fixed), _at_least_float32(warped)
-    share = _share(fixed, weight)
+    fixed, warped = at_least_float32(fixed), at_least_float32(warped)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (fixed, warped))
-    return _Lncc.apply(fixed, warped, share, window, wanted)  # type: ignore[no-untyped-call]
+    return _Lncc.apply(fixed, warped, share(fixed, weight), window, wanted)  # type: ignore[no-untyped-call]
 
 
 def ncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Correlation of whole images in [-1, 1], each sample and channel on its own, then the mean (de Vos 2017). Constant images give 0, smoothly."""
-    fixed, warped = _at_least_float32(fixed), _at_least_float32(warped)
+    fixed, warped = at_least_float32(fixed), at_least_float32(warped)
     axes = tuple(range(2, fixed.dim()))
-    share = torch.full_like(fixed, 1 / math.prod(fixed.shape[2:])) if weight is None else weight / weight.sum(dim=axes, keepdim=True)
-    a = fixed - (share * fixed).sum(dim=axes, keepdim=True)
-    b = warped - (share * warped).sum(dim=axes, keepdim=True)
-    covariance = (share * a * b).sum(dim=axes)
-    variances = (share * a * a).sum(dim=axes) * (share * b * b).sum(dim=axes)
+    part = share_of_each(fixed, weight).expand_as(fixed)
+    a = fixed - (part * fixed).sum(dim=axes, keepdim=True)
+    b = warped - (part * warped).sum(dim=axes, keepdim=True)
+    covariance = (part * a * b).sum(dim=axes)
+    variances = (part * a * a).sum(dim=axes) * (part * b * b).sum(dim=axes)
     return (covariance / (variances + EPSILON**2).sqrt()).mean()
 
 
 def mse(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Minus the mean squared difference, at most 0."""
-    difference = (_at_least_float32(fixed) - _at_least_float32(warped)) ** 2
-    return -(difference.mean() if weight is None else (difference * _share(difference, weight)).sum())
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _share(image: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """(N, 1, *shape) or a single number: what each voxel's value is multiplied by in the mean over all of (N, C, *shape)."""
-    if weight is None:
-        return image.new_full((), 1 / max(1, image.numel()))
-    weight = weight.to(image.dtype)
-    return weight / (weight.sum() * image.shape[1])
+    difference = (at_least_float32(fixed) - at_least_float32(warped)) ** 2
+    return -(difference.mean() if weight is None else (difference * share(difference, weight)).sum())
 
 
 class _Lncc(torch.autograd.Function):
@@ -114,7 +101,7 @@ def _second_pass(
     for length in rest:
         others = (others[:, None] * window_count(length, window, sums)).flatten()
     floors = [floor.reshape(m, 1, 1) for floor in floors]
-    value = sums.new_zeros((), dtype=torch.float64 if sums.device.type != "mps" else torch.float32)
+    value = accumulator(sums)
     for r in chunks(flat.shape[-1], 5 * m * n, sums.device):
         count = many * others[r]
         mean = window_sum(flat[..., r], window, [2]) / count

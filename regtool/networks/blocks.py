@@ -11,6 +11,9 @@ from torch import nn
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {2: F.conv2d, 3: F.conv3d}
 CONVOLVE_TRANSPOSE: dict[int, Callable[..., torch.Tensor]] = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
+AVERAGE_POOL: dict[int, Callable[..., torch.Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
+MAX_POOL: dict[int, Callable[..., torch.Tensor]] = {2: F.max_pool2d, 3: F.max_pool3d}
+BATCH_NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 SLOPE = 0.2  # of every leaky ReLU
@@ -40,21 +43,56 @@ class SameConv(nn.Module):
 
 
 class UpConv(SameConv):
-    """`SameConv(cat([double(below), skip]))` without making either: the same numbers in a third of the time and memory.
-
-    A kernel of 3 over repeated voxels sees each coarse voxel once or twice, so its weights add up: along every axis it equals a transposed
-    convolution of stride 2 whose kernel of 4 is (w2, w1 + w2, w0 + w1, w0), 8 products a voxel instead of 27.
-    """
+    """`SameConv(cat([double(below), skip]))` without making either: the same numbers in a third of the time and memory."""
 
     def forward(self, below: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """below: (N, B, *shape), skip: (N, inputs - B, *2 shape). Returns (N, outputs, *2 shape)."""
-        ndim, coarse = below.dim() - 2, below.shape[1]
-        kernel = self.weight[:, :coarse]
+        coarse = below.shape[1]
+        fine = CONVOLVE[below.dim() - 2](skip, self.weight[:, coarse:], self.bias, padding=1)
+        return doubled(below, self.weight[:, :coarse]).add_(fine)
+
+
+class UpsampleConv(SameConv):
+    """`SameConv(double(x))` in a third of the time: (N, inputs, *shape) to (N, outputs, *2 shape)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, *shape) to (N, outputs, *2 shape)."""
+        return doubled(x, self.weight, self.bias)
+
+
+def doubled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A convolution of kernel 3 over `double(x)`: (N, I, *shape) and weights (O, I, 3, ...) to (N, O, *2 shape).
+
+    Over repeated voxels it sees each coarse voxel once or twice, so its weights add up: along every axis it equals a transposed convolution
+    of stride 2 whose kernel of 4 is (w2, w1 + w2, w0 + w1, w0), 8 products a voxel instead of 27.
+    """
+    ndim = x.dim() - 2
+    for axis in range(2, ndim + 2):
+        w0, w1, w2 = weight.unbind(axis)
+        weight = torch.stack([w2, w1 + w2, w0 + w1, w0], dim=axis)
+    return CONVOLVE_TRANSPOSE[ndim](x, weight.transpose(0, 1), bias, stride=2, padding=1)
+
+
+class EvenDoublingConv(nn.Module):
+    """Repetition, then a convolution of kernel 2 with TensorFlow's 'same' padding (one zero at the END), without making the repeated image.
+
+    Along every axis the two are a transposed convolution of stride 2 whose kernel of 3 is (w1, w0 + w1, w0).
+    """
+
+    def __init__(self, ndim: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *[2] * ndim))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.kaiming_normal_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, *shape) to (N, outputs, *2 shape)."""
+        ndim = x.dim() - 2
+        kernel: torch.Tensor = self.weight
         for axis in range(2, ndim + 2):
-            w0, w1, w2 = kernel.unbind(axis)
-            kernel = torch.stack([w2, w1 + w2, w0 + w1, w0], dim=axis)
-        fine = CONVOLVE[ndim](skip, self.weight[:, coarse:], self.bias, padding=1)
-        return CONVOLVE_TRANSPOSE[ndim](below, kernel.transpose(0, 1), stride=2, padding=1).add_(fine)
+            w0, w1 = kernel.unbind(axis)
+            kernel = torch.stack([w1, w0 + w1, w0], dim=axis)
+        return CONVOLVE_TRANSPOSE[ndim](x, kernel.transpose(0, 1), self.bias, stride=2, padding=1, output_padding=1)
 
 
 def activate(x: torch.Tensor) -> torch.Tensor:
@@ -65,6 +103,11 @@ def activate(x: torch.Tensor) -> torch.Tensor:
 def double(x: torch.Tensor) -> torch.Tensor:
     """Upsampling by repetition: (N, C, *shape) to (N, C, *2 shape)."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def average_pool(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Means over blocks of `size` voxels along each axis: (N, C, *shape) to (N, C, *shape / size)."""
+    return AVERAGE_POOL[x.dim() - 2](x, size) if size > 1 else x
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -96,3 +139,11 @@ def small_head(ndim: int, inputs: int, outputs: int) -> SameConv:
     head = SameConv(ndim, inputs, outputs)
     nn.init.normal_(head.weight, std=1e-5)
     return head
+
+
+def in_float32(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`head(x)`, in float32 where x is bfloat16: in that a displacement of 20 voxels would come in steps of 0.1."""
+    if x.dtype != torch.bfloat16:
+        return head(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return head(x.float())

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from regtool.networks.blocks import SameConv, UpConv, activate, channels_last, small_head
+from regtool.networks.blocks import SameConv, UpConv, activate, channels_last, in_float32, small_head
 
 
 class UNet(nn.Module):
@@ -51,7 +51,4 @@ class UNet(nn.Module):
             x = activate(self.last_up(x, raw))
         for conv in self.full:
             x = activate(conv(x))
-        if x.dtype != torch.bfloat16:
-            return self.head(x)
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a displacement of 20 voxels would come in steps of 0.1
-            return self.head(x.float())
+        return in_float32(self.head, x)

@@ -41,9 +41,46 @@ def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: b
     for handle in handles:
         handle.remove()
     image_bytes = math.prod(shape) * 4
-    if training:
-        return 3 * sum(outputs) + 60 * image_bytes  # outputs, their gradients and the work space; the similarity's window means
+    if training:  # outputs, their gradients and the work space; the similarity's window means; in every pass that is kept for the gradient
+        return engine.passes * (3 * sum(outputs) + 60 * image_bytes)
     return sum(sorted(outputs)[-4:]) + 12 * image_bytes
+
+
+def training_bytes(parameters: Parameters, shape: tuple[int, ...]) -> int:
+    """Predicted peak of a step of `regtool train` on pairs of `shape`: the process, the weights with gradient and moments, and a batch."""
+    weights = sum(p.numel() for p in build(parameters, len(shape)).parameters())
+    return BASE + 16 * weights + parameters.train.batch_size * activation_bytes(parameters, shape, training=True)
+
+
+def largest_shape(parameters: Parameters, shape: tuple[int, ...], limit_bytes: float) -> tuple[int, ...] | None:
+    """The largest shape of the same proportions, not above `shape`, whose training fits into `limit_bytes`; None where nothing does."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        fits = training_bytes(parameters, _scaled(shape, middle)) <= limit_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return _scaled(shape, low) if low > 0 else None
+
+
+def check_training(parameters: Parameters, shape: tuple[int, ...], limit_bytes: int) -> None:
+    """OutOfMemory, naming the largest grid that fits, where training on pairs of `shape` is predicted to need more than `limit_bytes`."""
+    need = training_bytes(parameters, shape)
+    if need > limit_bytes:
+        raise too_large(parameters, shape, limit_bytes, f"needs {need / 2**30:.3g} GB, {limit_bytes / 2**30:.3g} GB may be used")
+
+
+def too_large(parameters: Parameters, shape: tuple[int, ...], limit_bytes: float, why: str) -> OutOfMemory:
+    """The error that says which grid would fit."""
+    fitting = largest_shape(parameters, shape, limit_bytes)
+    size = "x".join(map(str, reversed(shape)))
+    if fitting is None:
+        return OutOfMemory(f"training on pairs of {size} voxels {why}; not even the smallest grid would fit", tip="give it more memory")
+    found = "x".join(map(str, reversed(fitting)))
+    batch = f" with train.batch_size {parameters.train.batch_size}" if parameters.train.batch_size > 1 else ""
+    return OutOfMemory(
+        f"training on pairs of {size} voxels {why}; the largest grid that fits{batch} is {found}",
+        tip=f"--set grid.max_voxels={math.prod(fitting)}, or a smaller train.batch_size with train.accumulate",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +128,10 @@ def _fitting(
     if grid.size != first.size:
         log.warning("%s grid lowered from %s to %s voxels to stay under %.3g GB", name, first.size, grid.size, limit / 2**30)
     return grid, cost(grid)
+
+
+def _scaled(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    return tuple(max(1, int(n * factor)) for n in shape)
 
 
 def _refine_bytes(grid: Grid, parameters: Parameters) -> int:

@@ -73,9 +73,15 @@ def out_of_memory_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered_warnings() -> Iterator[list[str]]:
-    """Every warning that regtool logs inside, for the report."""
+def gathered_warnings(once: bool = False) -> Iterator[list[str]]:
+    """Every warning that regtool logs inside, for the report. once: of each kind only the first, for work on thousands of files."""
     found: list[str] = []
+    kinds: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        known = record.levelno == logging.WARNING and record.msg in kinds
+        kinds.add(record.msg)
+        return not known
 
     class Gather(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -84,9 +90,12 @@ def gathered_warnings() -> Iterator[list[str]]:
 
     handler = Gather(level=logging.WARNING)
     log.addHandler(handler)
+    if once:
+        log.addFilter(first)
     try:
         yield found
     finally:
+        log.removeFilter(first)
         log.removeHandler(handler)
 
 

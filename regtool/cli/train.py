@@ -1,0 +1,180 @@
+"""`regtool train LIST -m METHOD -o RUN_DIR`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regtool.cli.console import emit, logs, stderr
+from regtool.cli.options import METHOD, OUTPUT, RUN, Device, FixHeader, Json, MaxMemory, Overwrite, ParameterFile, Quiet, Seed, Set, Threads, Verbose
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from regtool.workflows.train import Moment
+
+DATA = "Pairs"
+EVERY_SECONDS = 10.0  # between lines where stderr is no terminal
+NAMES = {"similarity": "similarity", "dice": "Dice", "tre_voxels": "landmark error (voxels)", "folding_percent": "folding (%)"}
+
+
+def train(
+    data: Annotated[
+        Path, typer.Argument(help="PAIRS.csv (fixed,moving,…), IMAGES.csv (image,…: all pairs) or a folder of images (all pairs).", metavar="LIST")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.", metavar="RUN_DIR", rich_help_panel=OUTPUT)],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help="Registration method; `regtool methods` lists them.", rich_help_panel=METHOD, show_default=False),
+    ] = None,
+    parameter_file: ParameterFile = None,
+    overrides: Set = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            "--validation",
+            help="A list to validate with. Left out: a part of LIST is held out, by id.",
+            metavar="LIST",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    atlas: Annotated[
+        Path | None,
+        typer.Option(
+            "--atlas", help="With a list of images: the fixed image of every pair.", metavar="FILE", rich_help_panel=DATA, show_default=False
+        ),
+    ] = None,
+    atlas_labels: Annotated[
+        Path | None, typer.Option("--atlas-labels", help="Its label map.", metavar="FILE", rich_help_panel=DATA, show_default=False)
+    ] = None,
+    fix_header: FixHeader = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state in RUN_DIR; from the beginning where there is none.", rich_help_panel=RUN)
+    ] = False,
+    steps: Annotated[int | None, typer.Option("--steps", help="Updates of the weights.", min=1, rich_help_panel=RUN, show_default=False)] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time", help="End after so many minutes of this run.", metavar="MINUTES", min=0.0, rich_help_panel=RUN, show_default=False
+        ),
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Train METHOD on a list of pairs; the result is a model for `register --model`.
+
+    RUN_DIR gets model.safetensors (the best by validation), state.safetensors (to go on from), history.csv, curves.png, parameters.toml and, last,
+    report.json. SIGTERM and Ctrl-C write a checkpoint and end, SIGUSR1 writes one and goes on; `--resume` continues to the same weights as an
+    uninterrupted run.
+
+    `regtool train pairs.csv -m voxelmorph -o run`
+
+    `regtool train images.csv --atlas atlas.nii.gz -p brain.toml -o run --resume`
+
+    `torchrun --nproc-per-node 4 -m regtool train pairs.csv -p brain.toml -o run`
+    """
+    logs(-1 if quiet else max(verbose, 1))
+    given = {
+        "method": method,
+        "train.steps": steps,
+        "train.max_minutes": max_time,
+        "run.device": device,
+        "run.threads": threads,
+        "run.max_memory_gb": max_memory,
+        "run.seed": seed,
+    }
+    from regtool.workflows.train import Request
+    from regtool.workflows.train import train as work
+
+    texts = tuple(f"{k}={json.dumps(v)}" for k, v in given.items() if v is not None)
+    command = shlex.join(["regtool", *sys.argv[1:]])
+    request = Request(
+        data, output, parameter_file, (*(overrides or ()), *texts), validation, atlas, atlas_labels, resume, overwrite, fix_header, command
+    )
+    with _view(quiet) as watch:
+        report = work(request, watch)
+    if "model" in report:  # of several processes the first one talks
+        emit(report, _summary(report, output), as_json)
+
+
+def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+    rows = [
+        ("method", str(report["method"])),
+        ("pairs", f"{report['pairs']} to learn from, {report['validation_pairs']} to validate with"),
+        ("steps", f"{report['steps']} in {report['minutes']:.1f} minutes; the model is that of step {report['best_step']}"),
+    ]
+    if "after" in report:
+        for key, name in NAMES.items():
+            if key in report["after"]:
+                rows.append((name, f"{report['before'][key]:.4f} before, {report['after'][key]:.4f} after"))
+    return [*rows, ("model", str(output / report["outputs"]["model"])), ("curves", str(output / report["outputs"]["curves"]))]
+
+
+@contextlib.contextmanager
+def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
+    """A table that renews itself on a terminal, now and then a line elsewhere, nothing when quiet."""
+    if quiet:
+        yield None
+        return
+    if not stderr.is_terminal:
+        last = [0.0]
+
+        def line(moment: Moment) -> None:
+            if moment.fresh or time.monotonic() - last[0] > EVERY_SECONDS or moment.progress.step == moment.steps:
+                last[0] = time.monotonic()
+                stderr.print(_line(moment))
+
+        yield line
+        return
+    from rich.live import Live
+
+    with Live(console=stderr, refresh_per_second=4) as live:
+        yield lambda moment: live.update(_table(moment))
+
+
+def _line(moment: Moment) -> str:
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in moment.terms.items())
+    text = f"step {moment.progress.step} of {moment.steps}: {terms}; {moment.pairs_per_second:.2f} pairs/s, {_clock(moment.seconds_left)} left"
+    return text + (f"; validation: {_validation(moment)}" if moment.fresh else "")
+
+
+def _table(moment: Moment) -> Table:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row("step", f"{moment.progress.step} of {moment.steps}")
+    table.add_row("", ProgressBar(total=moment.steps, completed=moment.progress.step, width=40))
+    table.add_row("loss", "   ".join(f"{name} {value:.4f}" for name, value in moment.terms.items()))
+    if moment.progress.latest is not None:
+        table.add_row("validation", f"{_validation(moment)} (step {moment.progress.validated_at}; best: step {moment.progress.best_at})")
+    table.add_row("speed", f"{moment.pairs_per_second:.2f} pairs/s, {_clock(moment.seconds_left)} left")
+    table.add_row("memory", f"{moment.memory_mb:.0f} MB")
+    return table
+
+
+def _validation(moment: Moment) -> str:
+    found = [(name, getattr(moment.progress.latest, key)) for key, name in NAMES.items()]
+    return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,307 @@
+"""`regtool train`: a method learns from a list of pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regtool.data.augment import augmented
+from regtool.data.batch import Batch
+from regtool.data.dataset import Dataset, Order
+from regtool.engines import build, engine_section, read_parameters
+from regtool.errors import OutOfMemory, UsageError
+from regtool.geometry.image import Affine, Image
+from regtool.geometry.sampling import stay
+from regtool.io.events import Events
+from regtool.io.files import check_folder
+from regtool.io.pairs import Pairs, read_list, split
+from regtool.optimise.align import align
+from regtool.parameters import Parameters
+from regtool.workflows.planner import check_training, too_large
+from regtool.workflows.run_folder import MODEL, REPORT, STATE, Progress, RunFolder, numbers
+from regtool.workflows.runtime import configure, gathered_warnings, memory_limit_bytes, out_of_memory_explained, peak_memory_mb, pick_device, versions
+from regtool.workflows.signals import Asked, heeded
+from regtool.workflows.trainer import Ranks, Trainer, joined, spread
+
+log = logging.getLogger("regtool")
+
+PLANNED_ON = 4  # training pairs whose size is looked at before the first step
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `section.key=value`."""
+
+    data: Path
+    output: Path
+    parameter_file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    validation: Path | None = None
+    atlas: Path | None = None
+    atlas_labels: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    fix_header: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a watcher is told. terms: weighted, means since the last row of the history; fresh: a validation was just made."""
+
+    progress: Progress
+    steps: int
+    terms: dict[str, float]
+    pairs_per_second: float
+    seconds_left: float
+    memory_mb: float
+    fresh: bool
+
+
+Watch = Callable[[Moment], None]
+
+
+def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
+    """Trains, and returns what report.json holds.
+
+    Raises UsageError and ParameterError (wrong or changed parameters, a run that is there), InputError (lists, images, resume state),
+    OutOfMemory with the largest grid that fits, DivergedError, OutputError. The last checkpoint stays whole in any case.
+    """
+    ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))  # set by torchrun
+    parameters = _parameters(request)
+    _check_output(request)
+    with gathered_warnings(once=True) as warnings:
+        device = _device(parameters, ranks)
+        configure(parameters.run.threads, parameters.run.seed)
+        learning, validating = _lists(request, parameters)
+        limit = memory_limit_bytes(parameters.run.max_memory_gb)
+        unsupervised = not any(weight for _, weight in parameters.supervision)
+        source = Dataset(learning, parameters, limit // 4, _aligner(parameters), images_only=unsupervised, fix_header=request.fix_header)
+        held_out = Dataset(validating, parameters, limit // 8, _aligner(parameters), fix_header=request.fix_header)
+        chosen = spread(len(validating), parameters.train.validation_pairs)
+        shapes = [source.sample(i).fixed.shape[2:] for i in spread(len(learning), PLANNED_ON)] + [held_out.sample(i).fixed.shape[2:] for i in chosen]
+        shape = tuple(max(shapes, key=math.prod))
+        most = limit if device.type != "cuda" else min(limit, torch.cuda.mem_get_info(device)[0])
+        check_training(parameters, shape, most)
+        identity = {"pairs": _fingerprint(learning), "validation pairs": _fingerprint(validating), "processes": ranks.world}
+        told = {"data": request.data.name, "pairs": len(learning), "validation_pairs": len(chosen), "device": str(device)}
+        folder = RunFolder(request.output, parameters, identity, {**told, "seed": parameters.run.seed})
+        with _memory_explained(parameters, shape, most), heeded() as asked, joined(ranks, device):
+            torch.manual_seed(parameters.run.seed)
+            # nothing here may hold the trainer: its share in the group of processes has to be gone before the group is
+            progress = _Course(
+                request,
+                parameters,
+                Trainer(build(parameters, len(shape)), parameters, _Feed(source, learning, parameters), device, ranks),
+                folder,
+                watch,
+            ).run(lambda: (held_out.sample(i) for i in chosen), asked)
+        more = {"peak_memory_mb": peak_memory_mb(), "versions": versions(), "command": request.command, "warnings": warnings}
+        return folder.report(progress, more) if ranks.first else {"status": "ok"}
+
+
+class _Feed:
+    """Pairs in a shuffled order, augmented; each draw has random numbers of its own."""
+
+    def __init__(self, source: Dataset, pairs: Pairs, parameters: Parameters) -> None:
+        self.source, self.pairs, self.augment, self.seed = source, pairs, parameters.augment, parameters.run.seed
+        self.order = Order(len(pairs), self.seed)
+
+    def pair(self, draw: int) -> Batch:
+        generator = torch.Generator().manual_seed(hash((self.seed, draw)) % 2**63)
+        return augmented(self.source.sample(self.order.index(draw)), self.augment, generator)[0]
+
+    def name(self, draw: int) -> str:
+        return self.pairs[self.order.index(draw)].id
+
+
+class _Course:
+    """The steps of one training, and when what is written."""
+
+    def __init__(self, request: Request, parameters: Parameters, trainer: Trainer, folder: RunFolder, watch: Watch | None) -> None:
+        self.request, self.parameters, self.section = request, parameters, parameters.train
+        self.trainer, self.folder, self.watch = trainer, folder, watch if trainer.ranks.first else None
+        self.progress = Progress()
+
+    def run(self, held_out: Callable[[], Iterable[Batch]], asked: Asked) -> Progress:
+        """Up to `steps`, `max_minutes` or a signal; a checkpoint at the end in any case but an error."""
+        first, section = self.trainer.ranks.first, self.section
+        self._begin(held_out)
+        progress = self.progress
+        spent, began, since = progress.seconds, time.perf_counter(), progress.step
+        sums: dict[str, float] = {}
+        ticked = (since, began)
+        with Events(self.folder.folder if section.tensorboard and first else None) as events:
+            while progress.step < section.steps:
+                for name, value in self.trainer.update(progress.step).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                progress.step += 1
+                now = time.perf_counter()
+                progress.seconds = spent + now - began
+                late = section.max_minutes is not None and now - began >= 60 * section.max_minutes
+                stop, save = self._agreed(asked, late)
+                last = stop or progress.step == section.steps
+                validated = first and ((last and asked.stop is None) or progress.step % section.validate_every == 0) and self._validate(held_out)
+                if first and (last or validated or progress.step % section.log_every == 0):
+                    steps = progress.step - ticked[0]
+                    speed = steps * section.batch_size * section.accumulate * self.trainer.ranks.world / max(now - ticked[1], 1e-9)
+                    self._note(
+                        {name: value / steps for name, value in sums.items()}, speed, (now - began) / (progress.step - since), validated, events
+                    )
+                    sums, ticked = {}, (progress.step, time.perf_counter())
+                if first and (last or save or progress.step % section.checkpoint_every == 0):
+                    self._save(last)
+                if stop:
+                    break
+        return progress
+
+    def _begin(self, held_out: Callable[[], Iterable[Batch]]) -> None:
+        """From the state in the folder, or from the start with a look at how the pairs are now."""
+        if self.request.resume and (self.request.output / STATE).exists():
+            self.progress = self.folder.resume(self.trainer)
+            return
+        if self.request.resume:
+            log.warning("%s holds no state yet: the training starts from the beginning", self.request.output)
+        if self.trainer.ranks.first:
+            for name in (REPORT, STATE, MODEL):
+                (self.request.output / name).unlink(missing_ok=True)
+            self.folder.open(self.request.data)
+            self._validate(held_out)
+            self.progress.before = self.progress.latest
+            self.progress.best = None
+
+    def _validate(self, held_out: Callable[[], Iterable[Batch]]) -> bool:
+        """Looks at the held-out pairs, keeps the weights if they are the best so far; False where there are none."""
+        progress = self.progress
+        pairs = held_out()
+        found = self.trainer.validate(pairs)
+        if found is None:
+            return False
+        progress.latest, progress.validated_at = found, progress.step
+        if progress.step > 0 and (progress.best is None or found.score > progress.best.score):
+            progress.best, progress.best_at = found, progress.step
+            self.folder.save_model(self.trainer, progress)
+        return True
+
+    def _note(self, terms: dict[str, float], speed: float, seconds_a_step: float, fresh: bool, events: Events) -> None:
+        """A row of the history, and a word to who watches."""
+        progress, section = self.progress, self.section
+        row: dict[str, float | None] = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 2),
+            "learning_rate": self.trainer.rate(progress.step - 1),
+        }
+        row |= {"pairs_per_second": round(speed, 4), "memory_mb": peak_memory_mb()}
+        row |= {f"loss.{name}": value for name, value in terms.items()}
+        if fresh and progress.latest is not None:
+            row |= {f"validation.{name}": value for name, value in numbers(progress.latest).items()}
+        progress.history.append(row)
+        events.add(progress.step, row)
+        if (word := self.trainer.engine.warning()) is not None:
+            log.warning("%s", word)
+        if self.watch is not None:
+            left = (section.steps - progress.step) * seconds_a_step
+            if section.max_minutes is not None:
+                left = min(left, max(0.0, 60 * section.max_minutes - progress.seconds))
+            self.watch(Moment(progress, section.steps, terms, speed, left, peak_memory_mb(), fresh))
+
+    def _save(self, last: bool) -> None:
+        """A checkpoint; without held-out pairs the latest weights are the best ones."""
+        if self.progress.best is None:
+            self.progress.best_at = self.progress.step
+            self.folder.save_model(self.trainer, self.progress)
+        self.folder.save(self.trainer, self.progress)
+        if last:
+            self.folder.draw_curves(self.progress)
+            log.info("checkpoint after step %d in %s; --resume goes on from it", self.progress.step, self.folder.folder)
+
+    def _agreed(self, asked: Asked, late: bool) -> tuple[bool, bool]:
+        """(stop, save), the same in every process: one that stopped alone would leave the others waiting for it."""
+        wanted = torch.tensor([float(asked.stop is not None or late), float(asked.save)])
+        asked.save = False
+        if self.trainer.ranks.world > 1:
+            wanted = wanted.to(self.trainer.device)
+            torch.distributed.all_reduce(wanted)
+        return bool(wanted[0] > 0), bool(wanted[1] > 0)
+
+
+def _parameters(request: Request) -> Parameters:
+    """Resolved, the method's own table included; UsageError without a method."""
+    parameters = read_parameters(request.parameter_file, request.overrides)
+    own = engine_section(parameters, request.parameter_file, request.overrides)
+    if own is None:
+        raise UsageError("no method is named to train", tip="name one with -m; `regtool methods` lists them")
+    if parameters.run.model is not None:
+        raise UsageError("run.model has no meaning in a training", tip="leave it out; --resume goes on with a run")
+    return parameters.model_copy(update={"engine": own.model_dump()})
+
+
+def _check_output(request: Request) -> None:
+    """UsageError where the folder holds a run and neither --resume nor --overwrite is given; OutputError where nothing can be written."""
+    if request.output.exists() and not request.output.is_dir():
+        raise UsageError(f"{request.output} is a file, -o needs a folder", tip="name another output with -o")
+    if request.resume and request.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other", tip="--resume goes on, --overwrite starts anew")
+    check_folder(request.output)
+    there = [name for name in (STATE, MODEL, REPORT) if (request.output / name).exists()]
+    if there and not request.resume and not request.overwrite:
+        raise UsageError(
+            f"{request.output} holds a training already", tip="--resume goes on with it, --overwrite starts anew; -o names another place"
+        )
+
+
+def _device(parameters: Parameters, ranks: Ranks) -> torch.device:
+    """One GPU a process where several train together. UsageError for bf16 elsewhere than on CUDA."""
+    name = parameters.run.device
+    if ranks.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if parameters.train.precision == "bf16" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision bf16 needs a CUDA device, this is {device}", tip="gradients in bf16 are not reliable elsewhere; use float32"
+        )
+    return device
+
+
+def _lists(request: Request, parameters: Parameters) -> tuple[Pairs, Pairs]:
+    """(to learn from, to validate with)."""
+    pairs = read_list(request.data, request.atlas, request.atlas_labels)
+    if request.validation is None:
+        return split(pairs, parameters.train.validation_share, parameters.run.seed)
+    held_out = read_list(request.validation, request.atlas, request.atlas_labels)
+    return pairs, held_out
+
+
+def _fingerprint(pairs: Pairs) -> str:
+    """Tells lists apart: their length, and a digest of a thousand of their ids."""
+    digest = hashlib.sha256("\n".join(pairs[i].id for i in spread(len(pairs), 1000)).encode()).hexdigest()
+    return f"{len(pairs)} ({digest[:12]})"
+
+
+def _aligner(parameters: Parameters) -> Callable[[Image, Image], Affine | None] | None:
+    """What `[align]` asks for, for a pair of images."""
+    if parameters.align.method == "none":
+        return None
+    return lambda fixed, moving: align(fixed, moving, parameters.align.method, stay(fixed.grid.ndim)).affine
+
+
+@contextlib.contextmanager
+def _memory_explained(parameters: Parameters, shape: tuple[int, ...], limit_bytes: int) -> Iterator[None]:
+    """Running out of memory after all, with the grid that would fit into half of what there was."""
+    try:
+        with out_of_memory_explained():
+            yield
+    except OutOfMemory as error:
+        raise too_large(parameters, shape, limit_bytes / 2, "does not fit into memory") from error
