@@ -14,6 +14,7 @@ from regtool.geometry.fields import exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Labels, Transform
 from regtool.geometry.sampling import identity, resize_voxels, sample, warp_labels, warp_voxels
+from regtool.geometry.splines import bspline_kernel
 from regtool.parameters import Augment
 
 KNOTS = 8  # points at which the elastic field is made, for each of its control points along an axis
@@ -164,8 +165,7 @@ def _recoloured(image: torch.Tensor, parameters: Augment, uniform: Uniform, gene
 def _spline(n: int, m: int, spacing: float) -> torch.Tensor:
     """(m, controls) cubic B-spline weights at m points spread edge to edge over n voxels; control point k lies at voxel (k - 1) spacing."""
     at = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5) / spacing
-    t = (at[:, None] - torch.arange(-1, math.ceil(n / spacing) + 2)).abs()
-    return torch.where(t < 1, 2 / 3 - t**2 + t**3 / 2, (2 - t).clamp(min=0) ** 3 / 6)
+    return bspline_kernel(at[:, None] - torch.arange(-1, math.ceil(n / spacing) + 2), 3)
 
 
 def _preimage(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

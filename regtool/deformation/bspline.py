@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
+
+from regtool.geometry.splines import bspline_kernel
 
 Edge = Literal["replicate", "zero"]
 REACH = 2  # control points on either side of a voxel that a cubic spline can feel; a quadratic one feels fewer
@@ -63,21 +64,10 @@ def _weights(n: int, spacing: int, order: int, edge: Edge, like: torch.Tensor) -
     """(spacing n, n) what each of n control points counts at each voxel of an axis."""
     voxels = torch.arange(n * spacing, dtype=like.dtype, device=like.device)
     points = torch.arange(-REACH, n + REACH, device=like.device)
-    kernel = _KERNELS[order]((((voxels + 0.5) / spacing - 0.5)[:, None] - points).abs())
+    kernel = bspline_kernel(((voxels + 0.5) / spacing - 0.5)[:, None] - points, order)
     if edge == "zero":
         return kernel[:, REACH:-REACH]
     return like.new_zeros(len(voxels), n).index_add(1, points.clamp(0, n - 1), kernel)
-
-
-def _quadratic(d: torch.Tensor) -> torch.Tensor:
-    return torch.where(d < 0.5, 0.75 - d**2, (1.5 - d).clamp(min=0) ** 2 / 2)
-
-
-def _cubic(d: torch.Tensor) -> torch.Tensor:
-    return torch.where(d < 1, (4 - 6 * d**2 + 3 * d**3) / 6, (2 - d).clamp(min=0) ** 3 / 6)
-
-
-_KERNELS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {2: _quadratic, 3: _cubic}  # of the distance in control spacings
 
 
 @functools.lru_cache(maxsize=2)

@@ -10,6 +10,7 @@ import torch
 from regtool.errors import InputError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.image import PointMap
+from regtool.geometry.splines import bspline_kernel
 
 CHUNK = 1 << 15  # points at once: what is gathered for them stays in the cache
 MAX_ORDER = 3
@@ -56,7 +57,7 @@ def _evaluate(rows: torch.Tensor, index: Array, grid: Grid, order: int) -> Array
     """
     x = torch.as_tensor(index)
     first = torch.floor(x + 0.5 - order / 2)
-    weights = [_kernel(x[:, axis, None] - first[:, axis, None] - torch.arange(order + 1), order) for axis in range(grid.ndim)]
+    weights = [bspline_kernel(x[:, axis, None] - first[:, axis, None] - torch.arange(order + 1), order) for axis in range(grid.ndim)]
     first = first.long()
     total = torch.zeros(len(x), rows.shape[1], dtype=torch.float64)
     for steps in itertools.product(range(order + 1), repeat=grid.ndim - 1):
@@ -69,13 +70,3 @@ def _evaluate(rows: torch.Tensor, index: Array, grid: Grid, order: int) -> Array
         total += rows[flat] * weight[:, None]
     u = (total.reshape(len(x), order + 1, grid.ndim) * weights[0][:, :, None]).sum(dim=1)
     return np.asarray(u.numpy(), dtype=np.float64)
-
-
-def _kernel(distance: torch.Tensor, order: int) -> torch.Tensor:
-    """The centred cardinal B-spline."""
-    d = distance.abs()
-    if order == 1:
-        return (1 - d).clamp(min=0)
-    if order == MAX_ORDER:
-        return torch.where(d < 1, (4 - 6 * d**2 + 3 * d**3) / 6, (2 - d).clamp(min=0) ** 3 / 6)
-    return torch.where(d < 0.5, 0.75 - d**2, (1.5 - d).clamp(min=0) ** 2 / 2)
