@@ -145,7 +145,7 @@ def test_batch_normalisation_is_torchs(ndim: int) -> None:
     norm, x = net.down[0][0][1].train(), torch.rand(3, 16, *(4, 5, 6)[:ndim])
     mean, variance = torch.zeros(16), torch.ones(16)
     assert torch.allclose(norm(x), F.batch_norm(x, mean, variance, norm.weight, norm.bias, True, 0.1, 1e-5), atol=1e-6)
-    assert torch.allclose(norm.running_mean, mean)
+    assert torch.allclose(norm.mean, mean)
     assert torch.allclose(norm.eval()(x), F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.1, 1e-5), atol=1e-6)
 
 

@@ -95,6 +95,29 @@ class EvenDoublingConv(nn.Module):
         return CONVOLVE_TRANSPOSE[ndim](x, kernel.transpose(0, 1), self.bias, stride=2, padding=1, output_padding=1)
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) of (N, channels) or (N, channels, *shape).
+
+    While learning by the statistics of the batch, which run into averages for later. A batch with a single value a channel has none (torch's own
+    layers refuse it): it takes the averages.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same shape; while learning, the running averages move by a tenth."""
+        learning = self.training and x.numel() > x.shape[1]
+        return F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, learning, momentum=0.1)
+
+
 def activate(x: torch.Tensor) -> torch.Tensor:
     """Leaky ReLU, slope 0.2, in place where no gradient needs the values before."""
     return F.leaky_relu_(x, SLOPE)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from regtool.networks.blocks import AVERAGE_POOL, CONV, MAX_POOL, channels_last
+from regtool.networks.blocks import AVERAGE_POOL, CONV, MAX_POOL, BatchNorm, channels_last
 
 Norm = Literal["batch", "group"]
 Downsampling = Literal["average", "max", "strided"]
@@ -83,29 +82,6 @@ class Regressor(nn.Module):
         else:
             numbers = self.head(features)
         return numbers.reshape(len(x), self.outputs, *(n // self.factor for n in x.shape[2:]))
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe and Szegedy 2015) of (N, channels) or (N, channels, *shape).
-
-    While learning by the statistics of the batch, which run into averages for later. A batch with a single value a channel has none (torch's own
-    layers refuse it): it takes the averages.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The same shape; while learning, the running averages move by a tenth."""
-        learning = self.training and x.numel() > x.shape[1]
-        return F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, learning, momentum=0.1)
 
 
 class _Pool(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regtool.networks.blocks import SameConv, UpsampleConv, average_pool, channels_last, in_float32, small_head
+from regtool.networks.blocks import BatchNorm, SameConv, UpsampleConv, average_pool, channels_last, in_float32, small_head
 
 GROUPS = 8  # of group normalisation, at every level
 
@@ -43,20 +43,10 @@ class SummingUNet(nn.Module):
         return in_float32(self.head, x)
 
 
-class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of (N, C, *shape), any number of axes. A single value has no variance: it is normalised by the running one."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(2)
-        if flat.shape[0] * flat.shape[2] > 1:
-            return super().forward(flat).reshape(x.shape)
-        return F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps).reshape(x.shape)
-
-
 def _normalised(conv: nn.Module, channels: int, norm: str) -> nn.Sequential:
     if norm == "none":
         return nn.Sequential(conv)
-    return nn.Sequential(conv, _BatchNorm(channels) if norm == "batch" else nn.GroupNorm(GROUPS, channels))
+    return nn.Sequential(conv, BatchNorm(channels) if norm == "batch" else nn.GroupNorm(GROUPS, channels))
 
 
 def _pair(ndim: int, inputs: int, outputs: int, norm: str) -> nn.Sequential:
