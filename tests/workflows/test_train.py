@@ -421,3 +421,36 @@ def test_bf16_needs_a_gpu(data: Path, tmp_path: Path) -> None:
 def test_trains_on_cuda_in_bf16(data: Path, tmp_path: Path) -> None:
     report = train(request(data, tmp_path / "run", "train.precision=bf16", "run.device=cuda", "train.steps=8"))
     assert report["device"] == "cuda"
+
+
+def test_the_view_on_a_terminal_shows_where_the_training_stands(data: Path, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    more = ("--steps", "8", "--validation", str(data / "pairs.csv"))
+    process = subprocess.Popen(command(data, tmp_path / "run", *more), stderr=theirs, stdout=subprocess.PIPE, text=True, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            block = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    os.close(ours)
+    out = process.communicate()[0]
+    assert process.returncode == 0
+    assert "model" in out
+    text = shown.decode()
+    for word in ("8 of 8", "lncc", "diffusion", "validation", "Dice", "folding", "pairs/s", "left", "MB"):
+        assert word in text, word
+
+
+def test_lines_where_nobody_looks(data: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(data, tmp_path / "run", "--steps", "8"), capture_output=True, text=True, encoding="utf-8", check=True)
+    assert "step 8 of 8: lncc" in done.stderr
+    assert "\x1b" not in done.stderr
+    quiet = subprocess.run(command(data, tmp_path / "q", "--steps", "2", "-q"), capture_output=True, text=True, encoding="utf-8", check=True)
+    assert quiet.stderr == ""
