@@ -70,10 +70,11 @@ class Preprocess(Section):
 class Measure(Section):
     """What a good match is: what the guard compares, refining raises and the report states."""
 
-    name: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
-        "lncc",
+    name: Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
+        "auto",
         description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
-        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients)",
+        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mind, as the "
+        "intensities of the aligned images relate",
     )
     window: int | None = Field(None, ge=3, description="voxels across the window of lncc or lg, odd; left out: 9 for lncc, 7 for lg")
     bins: int = Field(32, ge=4, le=256, description="of each image in the joint histogram of mi")
@@ -89,6 +90,7 @@ class Measure(Section):
 class Similarity(Measure):
     """What a network learns to raise."""
 
+    name: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field("lncc", description="as in [measure], where it says more")
     weight: float = Field(1.0, gt=0, description="factor of the similarity term")
 
 
@@ -112,9 +114,10 @@ class Supervision(Section):
 class Align(Section):
     """Before the network."""
 
-    method: Literal["auto", "none", "center", "moments"] = Field(
+    method: Literal["auto", "none", "center", "moments", "rigid", "affine"] = Field(
         "auto",
-        description="none; center: centre of the image on centre; moments: centre of mass on centre of mass; auto: whichever of them matches best",
+        description="none; center: centre of the image on centre; moments: centre of mass on centre of mass; rigid, affine: turned and shifted, also "
+        "stretched, by mutual information; auto: whichever of them is clearly better than what is simpler",
     )
 
 
@@ -179,8 +182,14 @@ class Refine(Section):
     levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; after a network two")
     max_voxels: int = Field(900_000, ge=64, description="of the finest level; the displacement is kept on that grid")
     step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")
-    diffusion: float = Field(1.0, ge=0, description="factor of the mean squared gradient of the displacement")
-    smoothings: int = Field(2, ge=0, le=8, description="times that the field is averaged over three voxels along each axis before it warps")
+    diffusion: float | None = Field(
+        None, ge=0, description="factor of the mean squared gradient of the displacement, mm over mm; left out: 10 for mi, 1 for the others"
+    )
+    smoothings: int | None = Field(
+        None, ge=0, le=8, description="times that the field is averaged over three voxels along each axis before it warps; left out: 6 for mi, else 2"
+    )
+    dice: float = Field(0.0, ge=0, description="factor of 1 - mean soft Dice, where labels are given; 0: labels only evaluate")
+    landmarks: float = Field(0.0, ge=0, description="factor of the mean distance of landmarks in voxels, where they are given; 0: they only evaluate")
 
 
 class Guard(Section):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from regtool.data.batch import Batch
 from regtool.geometry.fields import jacobian_determinant
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
@@ -36,7 +37,7 @@ def test_a_known_field_is_found(ndim: int, name: str) -> None:
     truth = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
     moving = warp_voxels(fixed, truth)
     weight = {"lncc": 1.0, "ncc": 1.0, "mse": 0.01}[name]
-    found = refine(fixed, moving, None, Refine(diffusion=0.1 * weight), Similarity(name=name)).displacement  # type: ignore[arg-type]
+    found = refine(Batch(fixed, moving), None, Refine(diffusion=0.1 * weight), Similarity(name=name)).displacement  # type: ignore[arg-type]
     middle = (slice(None), slice(None), *[slice(6, -6)] * ndim)
     before = truth[middle].norm(dim=1).mean()
     left = (found + warp_voxels(truth, found))[middle].norm(dim=1).mean()
@@ -45,12 +46,12 @@ def test_a_known_field_is_found(ndim: int, name: str) -> None:
 
 def test_a_good_start_is_kept_and_a_solved_pair_stays_solved(ndim: int) -> None:
     fixed = textured(ndim)
-    still = refine(fixed, fixed, None, Refine(), Similarity())
+    still = refine(Batch(fixed, fixed), None, Refine(), Similarity())
     assert float(still.displacement.abs().max()) < 0.1
     truth = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
     moving = warp_voxels(fixed, truth)
-    first = refine(fixed, moving, None, Refine(), Similarity())
-    again = refine(fixed, moving, first.displacement, Refine(), Similarity())
+    first = refine(Batch(fixed, moving), None, Refine(), Similarity())
+    again = refine(Batch(fixed, moving), first.displacement, Refine(), Similarity())
     assert again.losses[-1] <= first.losses[-1] + 0.01
     assert float((again.displacement - first.displacement).norm(dim=1).mean()) < 0.5
 
@@ -76,7 +77,7 @@ def test_levels_halve_and_stop(ndim: int) -> None:
 def test_thin_and_tiny_images(ndim: int) -> None:
     for shape in ((5, 40, 40), (1, 30, 30), (7, 7, 7)):
         fixed = torch.rand(1, 1, *shape[:ndim], generator=torch.Generator().manual_seed(1))
-        found = refine(fixed, fixed.flip(-1), None, Refine(iterations=5), Similarity(window=3))
+        found = refine(Batch(fixed, fixed.flip(-1)), None, Refine(iterations=5), Similarity(window=3))
         assert found.displacement.shape == (1, ndim, *shape[:ndim])
         assert found.displacement.isfinite().all()
 

@@ -72,9 +72,9 @@ def tested(model: Path, folder: Path, work: Path, fields: int, amplitude: float)
         field = sitk.DisplacementFieldTransform(field)
         sitk.WriteImage(sitk.Resample(t2, t2, field, sitk.sitkLinear, 0.0), str(moved))
         sitk.WriteImage(sitk.Resample(lesions, t2, field, sitk.sitkNearestNeighbor, 0), str(labels))
-        request = Request(
-            folder / "T1.nii.gz", moved, None, None, (*ALONE, f'run.model="{model}"'), folder / "lesions.nii.gz", labels
-        )  # fmt: skip
+        overrides = (*ALONE, f'run.model="{model}"')
+        labelled = {"fixed_labels": folder / "lesions.nii.gz", "moving_labels": labels}
+        request = Request(folder / "T1.nii.gz", moved, overrides=overrides, **labelled)
         result = register(request)
         u = result.displacements[0].data.numpy()
         error, before = residual(u, vectors, t2)[head].mean(), np.linalg.norm(vectors, axis=0)[head].mean()

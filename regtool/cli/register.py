@@ -68,9 +68,12 @@ def register(
     parameter_file: ParameterFile = None,
     overrides: Set = None,
     align: Annotated[
-        Literal["auto", "none", "center", "moments"] | None,
+        Literal["auto", "none", "center", "moments", "rigid", "affine"] | None,
         typer.Option(
-            "--align", help="First bring the images together by their centres or centres of mass.", rich_help_panel=METHOD, show_default=False
+            "--align",
+            help="First bring the images together: by their centres, their centres of mass, a rigid or an affine map.",
+            rich_help_panel=METHOD,
+            show_default=False,
         ),
     ] = None,
     initial_transform: Annotated[
@@ -84,7 +87,7 @@ def register(
         ),
     ] = None,
     similarity: Annotated[
-        Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None,
+        Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None,
         typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False),
     ] = None,
     refine: Annotated[
@@ -96,6 +99,14 @@ def register(
             rich_help_panel=METHOD,
             show_default=False,
         ),
+    ] = None,
+    fixed_mask: Annotated[
+        Path | None,
+        typer.Option("--fixed-mask", help="Where the fixed image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
+    ] = None,
+    moving_mask: Annotated[
+        Path | None,
+        typer.Option("--moving-mask", help="Where the moving image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
     ] = None,
     fixed_labels: Annotated[
         Path | None,
@@ -162,7 +173,7 @@ def register(
         "align.method": align,
         "run.initial_transform": initial_transform.resolve() if initial_transform else None,
         "measure.name": similarity,
-        "similarity.name": similarity if model is None else None,
+        "similarity.name": None if model is not None or similarity == "auto" else similarity,
         "refine.iterations": _iterations(refine),
         "run.inverse": inverse,
         "run.format": image_format,
@@ -182,6 +193,8 @@ def register(
         output or default_output(f, m),
         parameter_file,
         (*(overrides or ()), *(f"{k}={_text(v)}" for k, v in given.items() if v is not None)),
+        fixed_mask,
+        moving_mask,
         fixed_labels,
         moving_labels,
         fixed_landmarks,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
-from regtool.geometry.sampling import warp
+from regtool.geometry.sampling import resize_voxels, warp
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
@@ -58,6 +58,16 @@ def prepared(image: Image, grid: Grid, parameters: Preprocess) -> Image:
     return antialiased(normalised(image, parameters), grid)
 
 
+def continued(image: Image, mask: Image) -> Image:
+    """What lies outside the mask replaced by a smooth continuation of what lies inside, so that windows across its border meet no foreign structure.
+
+    mask: above one half where the image counts, on any grid. Coarser and coarser means of the known voxels fill the unknown ones (push-pull,
+    Gortler 1996).
+    """
+    known = (warp(mask, Transform((Affine.identity(image.grid.ndim),)), image.grid, 0.0).data > 0.5).to(image.data.dtype)
+    return image if bool(known.all()) or not bool(known.any()) else Image(_filled(image.data[None], known[None])[0], image.grid)
+
+
 def to_network(ready: Image, transform: Transform, grid: Grid) -> torch.Tensor:
     """(1, 1, *grid.shape): a `prepared` image through `transform` onto the grid."""
     if len(transform.parts) == 1 and ready.grid.same_as(grid, tolerance=1e-6) and _stays(transform):
@@ -86,6 +96,17 @@ def _blurred(data: torch.Tensor, axis: int, sigma: float, stride: int) -> torch.
     padded = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="replicate")
     smooth = F.conv1d(padded, (kernel / kernel.sum()).reshape(1, 1, -1), stride=stride)
     return smooth.reshape(*rows.shape[:-1], smooth.shape[-1]).movedim(-1, axis).contiguous()
+
+
+def _filled(data: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """(1, C, *shape) with the means of the known voxels of ever larger blocks where known, (1, 1, *shape) in [0, 1], is 0."""
+    shape = data.shape[2:]
+    if bool((known > 0).all()):
+        return data
+    half = [-(-n // 2) for n in shape]
+    weight = F.interpolate(known, size=half, mode="area")
+    coarse = _filled(F.interpolate(data * known, size=half, mode="area") / weight.clamp(min=1e-12), (weight > 0).to(known.dtype))
+    return torch.where(known > 0, data, resize_voxels(coarse, shape))
 
 
 def _size(fixed: Grid, spacing: np.ndarray) -> np.ndarray:

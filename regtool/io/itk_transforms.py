@@ -186,12 +186,12 @@ def _checked_field(array: np.ndarray, grid: Grid, name: object) -> DisplacementF
 def _parts(transform: sitk.Transform, name: str) -> list[Part]:
     """Flattened, in the order points take them."""
     kind = transform.GetTransformEnum()
+    if transform.IsLinear():  # asked first: what SimpleITK has no class for (MatrixOffsetTransformBase) it shows as composites of composites
+        return [_probed(transform, name)]
     if kind == sitk.sitkComposite:
         composite = sitk.CompositeTransform(transform)
         inner = [composite.GetNthTransform(k) for k in reversed(range(composite.GetNumberOfTransforms()))]
-        return [p for t in inner for p in _parts(t, name)] or [Affine.identity(transform.GetDimension())]
-    if transform.IsLinear():
-        return [_probed(transform, name)]
+        return [p for t in inner for p in _parts(t, name)]
     if kind == sitk.sitkDisplacementField:
         image = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
         return [_checked_field(np.moveaxis(sitk.GetArrayViewFromImage(image), -1, 0), _grid_of(image), name)]

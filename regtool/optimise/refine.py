@@ -6,20 +6,28 @@ points of a B-spline do (the continuous half of ConvexAdam, Siebert et al. 2021)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from regtool.data.batch import Batch, Points
 from regtool.data.preprocess import antialiased
+from regtool.deformation.dense import dense
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
-from regtool.geometry.sampling import resample, resize_voxels, warp_voxels
-from regtool.losses import REGULARITIES, SIMILARITIES
+from regtool.geometry.sampling import resample, warp_voxels
+from regtool.losses import SIMILARITIES
+from regtool.losses.regularity import diffusion
+from regtool.losses.supervision import landmark_distance, soft_dice
 from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
+STIFFNESS = {"mi": (10.0, 6)}  # factor of diffusion and number of smoothings, by similarity
+SUPPLE = (1.0, 2)  # of the others
 Progress = Callable[[str, int, int, float], None]
 
 
@@ -32,34 +40,37 @@ class Refined:
 
 
 def refine(
-    fixed: torch.Tensor,
-    moving: torch.Tensor,
+    pair: Batch,
     start: torch.Tensor | None,
     parameters: Refine,
     measure: Measure,
+    spacing: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Refined:
-    """Lowers `-similarity + weight * roughness` of the displacement.
+    """Lowers `-similarity + diffusion * roughness` of the displacement, and the terms of labels and landmarks that `parameters` ask for.
 
-    fixed, moving: (1, 1, *shape) on one grid, scaled to about [0, 1]; start: (1, D, *shape) voxels, or None for no motion. From a start only
-    the two finest levels are visited, with half the steps: what is coarse has been found.
+    pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
+    a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that
+    roughness is that of millimetres over millimetres; left out: all alike.
     """
-    levels = _levels(tuple(fixed.shape[2:]), parameters.levels if start is None else min(2, parameters.levels))
+    parameters = stiffness(parameters, measure)
+    size = tuple(pair.fixed.shape[2:])
+    levels = _levels(size, parameters.levels if start is None else min(2, parameters.levels))
     iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
     displacement = start
     losses: list[float] = []
     total = iterations * len(levels)
     for shape in levels:
-        f, m = _at(fixed, shape), _at(moving, shape)
-        raw = _at_scale(displacement, shape, f).requires_grad_()
+        here = _at(pair, shape)
+        raw = _at_scale(displacement, shape, pair.fixed).requires_grad_()
+        steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
+        relative = [s / math.prod(steps) ** (1 / len(steps)) for s in steps]
         optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
         patience = max(3, iterations // 10)
         for step in range(iterations):
             optimiser.zero_grad(set_to_none=True)
-            u = _smoothed(raw, parameters.smoothings)
-            alike = SIMILARITIES[measure.name](f, warp_voxels(m, u), measure)
-            rough = REGULARITIES["diffusion"](u)
-            loss = -alike + parameters.diffusion * rough
+            u = _smoothed(raw, parameters.smoothings or 0)
+            loss = _objective(here, u, parameters, measure, relative)
             loss.backward()
             optimiser.step()
             losses.append(float(loss.detach()))
@@ -67,9 +78,32 @@ def refine(
                 progress("refining", len(losses), total, losses[-1])
             if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
                 break
-        displacement = _smoothed(raw.detach(), parameters.smoothings)
+        displacement = _smoothed(raw.detach(), parameters.smoothings or 0)
     assert displacement is not None
-    return Refined(_at_scale(displacement, tuple(fixed.shape[2:]), fixed), tuple(losses))
+    return Refined(_at_scale(displacement, size, pair.fixed), tuple(losses))
+
+
+def stiffness(parameters: Refine, measure: Measure) -> Refine:
+    """With `diffusion` and `smoothings` as they suit the similarity where they are left out: of `mi`, a supple field fits what is no motion."""
+    factor, times = STIFFNESS.get(measure.name, SUPPLE)
+    own = {"diffusion": factor, "smoothings": times}
+    chosen = {name: value for name, value in own.items() if getattr(parameters, name) is None}
+    return parameters.model_copy(update=chosen)
+
+
+def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measure, spacing: Sequence[float]) -> torch.Tensor:
+    weight = pair.fixed_mask
+    if pair.moving_mask is not None:
+        carried = warp_voxels(pair.moving_mask, u.detach())
+        weight = carried if weight is None else weight * carried
+    loss = (parameters.diffusion or 0.0) * diffusion(u, spacing) - SIMILARITIES[measure.name](
+        pair.fixed, warp_voxels(pair.moving, u), measure, weight
+    )
+    if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
+        loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
+    if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:
+        loss = loss + parameters.landmarks * landmark_distance(pair.fixed_points, pair.moving_points, u)
+    return loss
 
 
 def _levels(shape: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
@@ -83,21 +117,41 @@ def _levels(shape: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
     return out
 
 
-def _at(image: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """(1, 1, *shape): smoothed and resampled."""
-    if tuple(image.shape[2:]) == shape:
-        return image
-    grid = Grid.regular(image.shape[2:])
+def _at(pair: Batch, shape: tuple[int, ...]) -> Batch:
+    """The pair on another number of voxels: images smoothed and resampled, of labels the nearest, points in the new voxels."""
+    fine = tuple(pair.fixed.shape[2:])
+    if fine == shape:
+        return pair
+    grid = Grid.regular(fine)
     coarse = grid.resized(shape[::-1])
-    return resample(antialiased(Image(image[0].cpu(), grid), coarse), coarse).data[None].to(image.device)
+    ratio = torch.tensor([n / m for n, m in zip(shape, fine, strict=True)][::-1], device=pair.fixed.device)
+
+    def image(data: torch.Tensor) -> torch.Tensor:
+        return resample(antialiased(Image(data[0].cpu(), grid), coarse), coarse).data[None].to(data.device)
+
+    def labels(data: torch.Tensor | None) -> torch.Tensor | None:
+        return None if data is None else F.interpolate(data.double(), size=shape, mode="nearest-exact").long()
+
+    def points(found: Points) -> Points:
+        return tuple(None if p is None else (p + 0.5) * ratio - 0.5 for p in found)
+
+    return Batch(
+        image(pair.fixed),
+        image(pair.moving),
+        None if pair.fixed_mask is None else image(pair.fixed_mask),
+        None if pair.moving_mask is None else image(pair.moving_mask),
+        labels(pair.fixed_labels),
+        labels(pair.moving_labels),
+        points(pair.fixed_points),
+        points(pair.moving_points),
+    )
 
 
 def _at_scale(displacement: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """The displacement on another number of voxels, in voxels of those."""
     if displacement is None:
         return torch.zeros(1, len(shape), *shape, dtype=like.dtype, device=like.device)
-    ratio = torch.tensor([n / m for n, m in zip(shape, displacement.shape[2:], strict=True)][::-1], dtype=like.dtype, device=like.device)
-    return resize_voxels(displacement, shape) * ratio.reshape(1, -1, *[1] * len(shape))
+    return dense(displacement, shape)
 
 
 def _smoothed(u: torch.Tensor, times: int) -> torch.Tensor:

@@ -222,7 +222,7 @@ def _judge_pair(out: Diagnosis, fixed: Grid, moving: Grid, found: Alignment) -> 
         note(
             "warning",
             f"by their headers the images do not overlap; their centres are {distance:.0f} mm apart",
-            "only --align center or moments can bring them together",
+            "only an alignment can bring them together: --align auto, the default, or affine",
         )
     elif overlap < 50:
         note(
@@ -231,8 +231,8 @@ def _judge_pair(out: Diagnosis, fixed: Grid, moving: Grid, found: Alignment) -> 
             "what lies outside has nothing to match and is extrapolated smoothly",
         )
     if found.name != "none":
-        gain = f"mutual information {found.similarity['none']:.3f} as the headers say, {found.similarity[found.name]:.3f} with the shift"
-        note("note", f"a shift brings the images closer ({gain})", f"--align {found.name} does it; auto, the default, does too")
+        gain = f"mutual information {found.similarity['none']:.3f} as the headers say, {found.similarity[found.name]:.3f} with it"
+        note("note", f"an alignment ({found.name}) brings the images closer ({gain})", f"--align {found.name} does it; auto, the default, does too")
     if fixed.orientation() != moving.orientation():
         note("note", f"the axes run differently ({fixed.orientation()} and {moving.orientation()})", "no matter: all is done in physical space")
     if not 1 / THICK < ratio < THICK:
@@ -244,7 +244,7 @@ def _judge_pair(out: Diagnosis, fixed: Grid, moving: Grid, found: Alignment) -> 
         note(
             "warning",
             f"intensities hardly correlate ({correlation:.2f}; normalised mutual information {mutual:.2f})",
-            "either the contrast differs, where lncc, the default, still compares local structure but ncc and mse fail, or the images are far apart "
+            "either the contrast differs, which --similarity auto, the default, sees and ncc and mse do not survive, or the images are far apart "
             "or not of the same body part: look at qc.html",
         )
 

@@ -96,7 +96,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         "fixed": _described(outcome.fixed_source, outcome.fixed),
         "moving": _described(outcome.moving_source, outcome.moving),
         "outputs": {},
-        **_found(first, parameters.measure.name),
+        **_found(first),
         "seconds": seconds(outcome),
         "peak_memory_mb": peak_memory_mb(),
         "planned_memory_mb": round(first.plan.peak_bytes / 2**20, 1),
@@ -114,7 +114,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         "qc": [{"name": n, "value": v, "limit": lim, "passed": p} for n, v, lim, p in checks],
     }
     if len(outcome.done) > 1:
-        report["time_points"] = [_found(d, parameters.measure.name) for d in outcome.done]
+        report["time_points"] = [_found(d) for d in outcome.done]
     if first.losses:
         report["losses"] = [round(x, 6) for x in first.losses]
     for when, values in (("before", outcome.evaluation.before), ("after", outcome.evaluation.after)):
@@ -180,9 +180,9 @@ def seconds(outcome: Outcome) -> dict[str, float]:
     return {**parts, "total": round(time.perf_counter() - outcome.started, 3)}
 
 
-def _found(one: Registered, similarity: str) -> dict[str, Any]:
+def _found(one: Registered) -> dict[str, Any]:
     return {
-        "similarity": {"name": similarity, "before": one.similarity[0], "after": one.similarity[1]},
+        "similarity": {"name": one.measure[0], "reason": one.measure[1], "before": one.similarity[0], "after": one.similarity[1]},
         "jacobian": asdict(one.jacobian),
         "displacement_mm": {"mean": float(one.displacement.magnitude().mean()), "max": float(one.displacement.magnitude().max())},
         "stages": [asdict(s) | {"seconds": round(s.seconds, 3)} for s in one.stages],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +12,25 @@ from dataclasses import dataclass, field
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import prepared, to_network
+from regtool.data.preprocess import continued, prepared, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.fields import JacobianStatistics, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image, Transform
-from regtool.geometry.sampling import displacement_on, grid_points, stay, transform_points, warp
+from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
+from regtool.geometry.sampling import displacement_on, grid_points, stay, transform_points, warp, warp_labels
 from regtool.geometry.unfold import unfolded
 from regtool.losses import SIMILARITIES
 from regtool.optimise.align import align
 from regtool.optimise.guard import Stage, objection
+from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
 from regtool.parameters import Parameters
 from regtool.workflows.oneshot import Progress, learn
 from regtool.workflows.planner import Plan, make_plan
 from regtool.workflows.runtime import memory_limit_bytes
+from regtool.workflows.warp import invert_points
 
 log = logging.getLogger("regtool")
 
@@ -60,8 +63,20 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Guides:
+    """What is known of a pair besides its images. masks: in [0, 1], where similarity counts; labels, landmarks: of the fixed, of the moving image."""
+
+    fixed_mask: Image | None = None
+    moving_mask: Image | None = None
+    labels: tuple[Labels, Labels] | None = None
+    landmarks: tuple[Landmarks, Landmarks] | None = None
+
+
+@dataclass(frozen=True)
 class Registered:
-    """transform: everything composed, fixed to moving; displacement: the same, dense on the fixed grid; start: the moving image at the start."""
+    """transform: everything composed, fixed to moving; displacement: the same, dense on the fixed grid; start: the moving image at the start;
+    measure: name of the similarity and why it was taken; similarity: before and after.
+    """
 
     transform: Transform
     displacement: DisplacementField
@@ -69,6 +84,7 @@ class Registered:
     start: Image
     determinant: torch.Tensor
     jacobian: JacobianStatistics
+    measure: tuple[str, str]
     similarity: tuple[float, float]
     stages: tuple[Stage, ...]
     plan: Plan
@@ -89,16 +105,17 @@ def check_pair(fixed: Image, moving: Image) -> None:
             )
 
 
-def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Registered:
+def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guides: Guides = Guides()) -> Registered:
     """The whole pipeline on two images. Raises GeometryError where they do not overlap and no alignment brings them together."""
     parameters = setup.parameters
     check_pair(fixed, moving)
     plan = make_plan(fixed.grid, moving.grid, parameters, setup.engine is None, memory_limit_bytes(parameters.run.max_memory_gb))
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):
-        course = Course(fixed, moving, setup, plan.measuring_grid, before)
-        first = course.score
+        course = Course(fixed, moving, setup, plan.measuring_grid, before, guides)
         _align(course)
+        course.settle_measure()
+        first = course.measured(before)
     _check_overlap(fixed.grid, moving.grid, course.transform)
     aligned = course.transform
     field: DisplacementField | None = None
@@ -115,35 +132,82 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> Re
         warped = warp(moving, Transform((displacement,)), fixed.grid, outside, setup.device)
         begin = warp(moving, before, fixed.grid, outside, setup.device)
         determinant = jacobian_determinant(displacement)
-    found = jacobian_statistics(determinant)
+    mask = None if guides.fixed_mask is None else warp(guides.fixed_mask, stay(fixed.grid.ndim), fixed.grid, 0.0).data[0] > 0.5
+    found = jacobian_statistics(determinant, mask)
     return Registered(
-        course.transform, displacement, warped, begin, determinant, found, (first, course.score), tuple(course.stages), plan, losses
+        course.transform,
+        displacement,
+        warped,
+        begin,
+        determinant,
+        found,
+        (course.measure.name, course.modality),
+        (first, course.score),
+        tuple(course.stages),
+        plan,
+        losses,
     )  # fmt: skip
 
 
 class Course:
     """A registration on its way: the transform so far, what it scores on the measuring grid, and the stages that led to it."""
 
-    def __init__(self, fixed: Image, moving: Image, setup: Setup, grid: Grid, transform: Transform) -> None:
-        self.fixed, self.moving, self.setup, self.transform = fixed, moving, setup, transform
+    def __init__(self, fixed: Image, moving: Image, setup: Setup, grid: Grid, transform: Transform, guides: Guides) -> None:
+        self.fixed, self.moving, self.setup, self.transform, self.guides = fixed, moving, setup, transform, guides
         self.grid = grid
         self._ready: dict[tuple[int, tuple[int, ...]], Image] = {}
         self.target = self.tensor(fixed, stay(grid.ndim), grid)
+        self.measure = setup.parameters.measure
+        if self.measure.name == "auto":  # what suits the pair is seen once it is aligned; until then one that suits every pair
+            self.measure = self.measure.model_copy(update={"name": "mi"})
         self.score = self.measured(transform)
         self.stages: list[Stage] = []
+        self.modality = "as asked for"
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
         """(1, 1, *grid.shape): the image through `transform` as networks and similarities see it."""
         key = (id(image), grid.size)  # scaling and smoothing a whole image takes longer than the warp, and is the same every time
         if key not in self._ready:
-            self._ready[key] = prepared(image, grid, self.setup.parameters.preprocess)
+            mask = self.guides.fixed_mask if image is self.fixed else self.guides.moving_mask
+            counting = image if mask is None else continued(image, mask)
+            self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess)
         return to_network(self._ready[key], transform, grid).to(self.setup.device)
 
+    def masks(self, transform: Transform, grid: Grid) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(1, 1, *grid.shape) in [0, 1]: the fixed mask, and the moving one through `transform`; None where none is given."""
+        given = ((self.guides.fixed_mask, stay(grid.ndim)), (self.guides.moving_mask, transform))
+        fixed, moving = (None if mask is None else warp(mask, t, grid, 0.0).data[None].to(self.setup.device) for mask, t in given)
+        return fixed, moving
+
+    def pair(self, transform: Transform, grid: Grid) -> Batch:
+        """Both images and what is known of them on `grid`, the moving ones through `transform`; labels and landmarks where they are learned from."""
+        fixed, moving = self.tensor(self.fixed, stay(grid.ndim), grid), self.tensor(self.moving, transform, grid)
+        parameters, device = self.setup.parameters, self.setup.device
+        by_labels, by_points = (max(getattr(parameters.refine, x), getattr(parameters.supervision, x)) > 0 for x in ("dice", "landmarks"))
+        labels: list[torch.Tensor | None] = [None, None]
+        points: list[tuple[torch.Tensor, ...]] = [(), ()]
+        if by_labels and self.guides.labels is not None:
+            both = zip(self.guides.labels, (stay(grid.ndim), transform), strict=True)
+            labels = [warp_labels(one, t, grid).data[:1][None].to(device) for one, t in both]
+        if by_points and self.guides.landmarks is not None:
+            target, source = (one.points for one in self.guides.landmarks)
+            both_points = (target, invert_points(transform, source)[0])
+            points = [(torch.as_tensor(grid.to_index(x), dtype=torch.float32, device=device),) for x in both_points]
+        return Batch(fixed, moving, *self.masks(transform, grid), labels[0], labels[1], points[0], points[1])
+
     def measured(self, transform: Transform) -> float:
-        """Similarity of the fixed image and the moving one through `transform`; higher is better."""
-        measure = self.setup.parameters.measure
+        """Similarity of the fixed image and the moving one through `transform`, where the masks count; higher is better."""
+        masks = [mask for mask in self.masks(transform, self.grid) if mask is not None]
+        weight = math.prod(masks[1:], start=masks[0]) if masks else None
         with torch.no_grad():  # not inference mode: what is prepared in here is learned from later
-            return float(SIMILARITIES[measure.name](self.target, self.tensor(self.moving, transform, self.grid), measure))
+            return float(SIMILARITIES[self.measure.name](self.target, self.tensor(self.moving, transform, self.grid), self.measure, weight))
+
+    def settle_measure(self) -> None:
+        """With the images aligned, `auto` becomes the similarity that suits them; the score is that one's from here on."""
+        if self.setup.parameters.measure.name == "auto":
+            name, self.modality = similarity_for(self.target, self.tensor(self.moving, self.transform, self.grid))
+            self.measure = self.measure.model_copy(update={"name": name})
+            self.score = self.measured(self.transform)
 
     def offer(self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, forced: bool = False) -> bool:
         """Takes the candidate unless it scores worse or folds too much (`forced`: in any case); notes the stage. Whether it was taken."""
@@ -160,7 +224,7 @@ class Course:
 def _align(course: Course) -> None:
     """The headers stay unless another start is clearly better; an alignment asked for by name is taken as it is."""
     started, method = time.perf_counter(), course.setup.parameters.align.method
-    found = align(course.fixed, course.moving, method, course.transform)
+    found = align(course.fixed, course.moving, method, course.transform, course.guides.fixed_mask, course.guides.moving_mask)
     if found.name == "none":
         note = "the headers already agree" if found.similarity else "not asked for"
         course.stages.append(Stage("align", False, time.perf_counter() - started, course.score, note))
@@ -171,12 +235,12 @@ def _align(course: Course) -> None:
 def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, tuple[float, ...]]:
     """(the network's field where it was taken, the losses where it was learned on this pair)."""
     started, setup = time.perf_counter(), course.setup
-    f, m = course.tensor(course.fixed, stay(grid.ndim), grid), course.tensor(course.moving, course.transform, grid)
-    engine, losses = _engine(f, m, setup)
+    batch = course.pair(course.transform, grid)
+    engine, losses = _engine(batch, setup)
     # learning in bfloat16 would be twice as fast, but torch's CPU gradients are then not reproducible and now and then NaN
     lower = setup.parameters.run.precision == "bf16" and setup.engine is not None
     with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
-        u = engine.displacement(f, m).float()
+        u = engine.displacement(batch.fixed, batch.moving).float()
     if not bool(torch.isfinite(u).all()):
         raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
     field = _offered(course, "network", DisplacementField.from_voxels(u.cpu(), grid), course.transform, started)
@@ -186,9 +250,8 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, tupl
 def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses."""
     started, parameters = time.perf_counter(), course.setup.parameters
-    f, m = course.tensor(course.fixed, stay(grid.ndim), grid), course.tensor(course.moving, aligned, grid)
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
-    refined = refine(f, m, u, parameters.refine, parameters.measure, course.setup.progress)
+    refined = refine(course.pair(aligned, grid), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
     _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started)
     return refined.losses
 
@@ -215,12 +278,12 @@ def _folding_percent(field: DisplacementField) -> float:
     return jacobian_statistics(jacobian_determinant(field)).folding_percent
 
 
-def _engine(f: torch.Tensor, m: torch.Tensor, setup: Setup) -> tuple[Engine, tuple[float, ...]]:
+def _engine(batch: Batch, setup: Setup) -> tuple[Engine, tuple[float, ...]]:
     """The trained engine, or one learned on this pair, and its losses."""
     if setup.engine is not None:
         return setup.engine, ()
     torch.manual_seed(setup.parameters.run.seed)
-    learned = learn(build(setup.parameters, f.dim() - 2).to(setup.device), Batch(f, m), setup.parameters.oneshot, setup.progress)
+    learned = learn(build(setup.parameters, batch.fixed.dim() - 2).to(setup.device), batch, setup.parameters.oneshot, setup.progress)
     return learned.engine, learned.losses
 
 

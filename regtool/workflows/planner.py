@@ -109,7 +109,7 @@ def make_plan(fixed: Grid, moving: Grid, parameters: Parameters, training: bool,
         needs.append(need)
     if parameters.refine.iterations > 0:
         sections = GridParameters(max_voxels=parameters.refine.max_voxels)
-        refining, need = _fitting("refine", fixed, sections, None, lambda g: _refine_bytes(g, parameters), images, limit_bytes)
+        refining, need = _fitting("refine", fixed, sections, None, lambda g: _refine_bytes(g), images, limit_bytes)
         needs.append(need)
     measuring = refining or network or network_grid(fixed, GridParameters(max_voxels=parameters.refine.max_voxels))
     return Plan(network, refining, measuring, images + max(needs))
@@ -134,7 +134,6 @@ def _scaled(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:
     return tuple(max(1, int(n * factor)) for n in shape)
 
 
-def _refine_bytes(grid: Grid, parameters: Parameters) -> int:
-    """The raw field with Adam's two moments and gradient, what each smoothing leaves for the gradient, and the similarity's window means."""
-    fields = 8 + 2 * grid.ndim * parameters.refine.smoothings
-    return grid.voxels * 4 * (fields * grid.ndim + 40)
+def _refine_bytes(grid: Grid) -> int:
+    """The raw field, Adam's two moments, gradients and the work space of smoothing and warping: 20 fields; and the similarity's window means."""
+    return grid.voxels * 4 * (20 * grid.ndim + 40)

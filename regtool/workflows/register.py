@@ -19,7 +19,7 @@ from regtool.io.points import read_points
 from regtool.io.transforms import read_transform
 from regtool.workflows.oneshot import Progress
 from regtool.workflows.outcome import Outcome, evaluated, report_of, thresholds, write_folder
-from regtool.workflows.pair import Clock, Registered, Setup, register_pair
+from regtool.workflows.pair import Clock, Guides, Registered, Setup, register_pair
 from regtool.workflows.resolve import resolve
 from regtool.workflows.runtime import configure, gathered_warnings, out_of_memory_explained, pick_device
 
@@ -38,6 +38,8 @@ class Request:
     output: Path | None = None
     parameter_file: Path | None = None
     overrides: tuple[str, ...] = ()
+    fixed_mask: Path | None = None
+    moving_mask: Path | None = None
     fixed_labels: Path | None = None
     moving_labels: Path | None = None
     fixed_landmarks: Path | None = None
@@ -75,13 +77,14 @@ def register(request: Request, progress: Progress | None = None) -> Result:
         with clock("read"):
             fixed, moving = _read_pair(request)
             labels, landmarks = _labels(request, fixed, moving), _landmarks(request, fixed, moving)
+            masks = _mask(request.fixed_mask, "fixed", fixed, request.fix_header), _mask(request.moving_mask, "moving", moving, request.fix_header)
             resolved = resolve(request.parameter_file, request.overrides, fixed.grid.ndim)
         run = resolved.parameters.run
         device = pick_device(run.device)
         configure(run.threads, run.seed)
         initial = read_transform(Path(run.initial_transform), fixed.grid) if run.initial_transform else None
         engine = resolved.engine.to(device) if resolved.engine is not None else None
-        done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress), clock)
+        done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress), clock, Guides(*masks, labels, landmarks))
         warped = done[0].warped
         if moving.time is not None:
             frames = [d.warped.data for d in done]
@@ -128,6 +131,23 @@ def _read_pair(request: Request) -> tuple[Image, Image]:
     return fixed, moving
 
 
+def _mask(path: Path | None, name: str, image: Image, fix_header: bool) -> Image | None:
+    """1 where the file is above zero. InputError for an empty mask, one of another dimension, or one that lies elsewhere than its image."""
+    if path is None:
+        return None
+    read = read_image(path, fix_header)
+    mask = Image((read.data.mean(dim=0, keepdim=True) > 0).float(), read.grid)
+    if mask.grid.ndim != image.grid.ndim:
+        raise InputError(f"the {name} mask is {mask.grid.ndim}-D, its image {image.grid.ndim}-D")
+    if not bool(mask.data.any()):
+        raise InputError(f"the {name} mask {path} is empty: no voxel is above zero", tip="leave it out to use the whole image")
+    if not mask.grid.same_as(image.grid, tolerance=0.1):
+        if not bool(warp(mask, stay(image.grid.ndim), image.grid, 0.0).data.any()):
+            raise InputError(f"the {name} mask {path} marks nothing in its image: they lie apart in space", tip="`regtool doctor` shows geometries")
+        log.warning("the %s mask lies on another grid than its image (size %s, %s); it is resampled", name, mask.grid.size, image.grid.size)
+    return mask
+
+
 def _labels(request: Request, fixed: Image, moving: Image) -> tuple[Labels, Labels] | None:
     """UsageError where labels are given for one image only, InputError where they do not lie on their image."""
     if not _both(request.fixed_labels, request.moving_labels, "labels"):
@@ -164,10 +184,10 @@ def _both(fixed: Path | None, moving: Path | None, what: str) -> bool:
     return fixed is not None
 
 
-def _frames(fixed: Image, moving: Image, setup: Setup, clock: Clock) -> list[Registered]:
+def _frames(fixed: Image, moving: Image, setup: Setup, clock: Clock, guides: Guides) -> list[Registered]:
     """One registration, or one for each time point of the moving image."""
     if moving.time is None:
-        return [register_pair(fixed, moving, setup, clock)]
+        return [register_pair(fixed, moving, setup, clock, guides)]
     if setup.parameters.run.time == "one":
-        return [register_pair(fixed, Image(moving.data.mean(dim=0, keepdim=True), moving.grid), setup, clock)]
-    return [register_pair(fixed, moving.channel(t), setup, clock) for t in range(len(moving.data))]
+        return [register_pair(fixed, Image(moving.data.mean(dim=0, keepdim=True), moving.grid), setup, clock, guides)]
+    return [register_pair(fixed, moving.channel(t), setup, clock, guides) for t in range(len(moving.data))]

@@ -57,8 +57,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over the validation pairs, on the network's grid. similarity: as `[measure]` says; objective: the sum of the terms a network lowers,
-    without supervision; dice: soft, of linearly warped labels; tre_voxels: of landmarks; both None where no pair has any.
+    """Means over the validation pairs, on the network's grid.
+
+    similarity: as `[measure]` says, for auto as `[similarity]`; objective: the sum of the terms a network lowers, without supervision; dice: soft, of
+    linearly warped labels; tre_voxels: of landmarks; both None where no pair has any.
     """
 
     similarity: float
@@ -80,7 +82,8 @@ class Trainer:
 
     def __init__(self, engine: Engine, parameters: Parameters, feed: Feed, device: torch.device, ranks: Ranks = Ranks()) -> None:
         self.engine, self.feed, self.device, self.ranks = engine.to(device), feed, device, ranks
-        self.section, self.measure = parameters.train, parameters.measure
+        self.section = parameters.train
+        self.measure = parameters.similarity if parameters.measure.name == "auto" else parameters.measure
         self.seed = parameters.run.seed
         self.phases = {phase: list(engine.trainable(phase)) for phase in engine.phases}
         section = self.section

@@ -562,3 +562,18 @@ def test_displacement_of_a_read_file_equals_itks(grid: Grid, tmp_path: Path) -> 
     )
     got = displacement_on(read_transform(tmp_path / "t.h5"), other).data.numpy()
     assert np.abs(np.moveaxis(sitk.GetArrayFromImage(itk), -1, 0) - got).max() < 1e-4
+
+
+def test_a_transform_that_simpleitk_has_no_class_for(ndim: int, tmp_path: Path) -> None:
+    """It comes as a composite whose only member is that composite again."""
+    matrix = np.eye(ndim) + 0.1 * np.arange(ndim * ndim).reshape(ndim, ndim) / ndim
+    numbers = " ".join(str(x) for x in [*matrix.ravel(), *range(1, ndim + 1)])
+    centre = " ".join(["3"] * ndim)
+    file = tmp_path / "odd.txt"
+    kind = f"MatrixOffsetTransformBase_double_{ndim}_{ndim}"
+    file.write_text(
+        f"#Insight Transform File V1.0\n#Transform 0\nTransform: {kind}\nParameters: {numbers}\nFixedParameters: {centre}\n", encoding="utf-8"
+    )
+    point = np.array([[5.0, -2.0, 7.0][:ndim]])
+    expected = (point - 3) @ matrix.T + 3 + np.arange(1, ndim + 1)
+    assert np.allclose(transform_points(read_transform(file), point), expected)

@@ -40,7 +40,7 @@ def structure(ndim: int, shift: float = 0.0) -> torch.Tensor:
 
 def test_names_are_those_of_the_parameter_file() -> None:
     assert set(SIMILARITIES) == set(Similarity.model_json_schema()["properties"]["name"]["enum"])
-    assert set(SIMILARITIES) == set(Measure.model_json_schema()["properties"]["name"]["enum"])
+    assert {*SIMILARITIES, "auto"} == set(Measure.model_json_schema()["properties"]["name"]["enum"])
     assert set(REGULARITIES) == set(Regularity.model_fields)
 
 
