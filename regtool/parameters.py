@@ -73,7 +73,7 @@ class Measure(Section):
     name: Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
         "auto",
         description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
-        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mind, as the "
+        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mi, as the "
         "intensities of the aligned images relate",
     )
     window: int | None = Field(None, ge=3, description="voxels across the window of lncc or lg, odd; left out: 9 for lncc, 7 for lg")

@@ -31,10 +31,10 @@ def texture(ndim: int, seed: int) -> torch.Tensor:
 def test_relations_are_told_apart(ndim: int) -> None:
     image, other = texture(ndim, 0), texture(ndim, 1)
     assert agreement(image, image) == pytest.approx(1, abs=1e-4)
-    assert agreement(image, image**2 * 0.5 + 0.1 * other) > 0.9  # gamma, contrast and noise are no other modality
+    assert agreement(image, image**2 * 0.5 + 0.05 * other) > 0.9  # gamma, contrast and noise are no other modality
     assert agreement(image, 1 - image) == pytest.approx(-1, abs=1e-4)
     assert abs(agreement(image, other)) < 0.5
-    assert agreement(image, (2 * image - 1).abs()) < 0.9
+    assert agreement(image, (2 * image - 1).abs()) < 0.7
     assert agreement(image, torch.full_like(image, 0.5)) == 0
     ramp = torch.linspace(0.5, 1.5, image.shape[-1])
     assert agreement(image, image * ramp) > 0.9  # a bias field
@@ -43,7 +43,7 @@ def test_relations_are_told_apart(ndim: int) -> None:
 def test_the_report_says_what_was_chosen_and_why(ndim: int) -> None:
     fixed, moving = phantom(ndim)
     inverted = Image(moving.data.max() - moving.data, moving.grid)
-    for image, name in ((moving, "lncc"), (inverted, "mind")):
+    for image, name in ((moving, "lncc"), (inverted, "mi")):
         found = register(Request(fixed, image, overrides=QUICK)).report["similarity"]
         assert found["name"] == name
         assert "agree in sign" in found["reason"]
@@ -54,15 +54,16 @@ def test_the_report_says_what_was_chosen_and_why(ndim: int) -> None:
 @pytest.mark.parametrize(
     ("fixed", "moving", "expected"),
     [
-        ("brain3d_multimodal_mni/patient07/T1.nii.gz", "brain3d_multimodal_mni/patient07/T2.nii.gz", "mind"),
+        ("brain3d_multimodal_mni/patient07/T1.nii.gz", "brain3d_multimodal_mni/patient07/T2.nii.gz", "mi"),
+        ("brain3d_multimodal_mni/patient07/T1.nii.gz", "brain3d_multimodal_mni/patient07/FLAIR.nii.gz", "mi"),
         ("brain3d_multimodal_mni/patient07/T1.nii.gz", "brain3d_multimodal_mni/patient07/T1POST.nii.gz", "lncc"),
-        ("brain2d_t1_pd/t1_fixed.mha", "brain2d_t1_pd/pd_moving.mha", "mind"),
-        ("hippocampus3d/train/images/hippocampus_001.nii.gz", "hippocampus3d/train/images/hippocampus_003.nii.gz", "lncc"),
+        ("brain2d_t1_pd/t1_fixed.mha", "brain2d_t1_pd/pd_moving.mha", "mi"),
+        ("cardiac2d/train/images/SC-HF-I-01-IM-0001-0059.png", "cardiac2d/train/images/SC-HF-I-01-IM-0001-0048.png", "lncc"),
     ],
 )
 def test_real_pairs(fixed: str, moving: str, expected: str) -> None:
     f, m = (read_image(DATA / x) for x in (fixed, moving))
-    grid = f.grid.resized(tuple(min(64, n) for n in f.grid.size))
+    grid = f.grid.resized(tuple(min(100, n) for n in f.grid.size))
     a, b = (to_network(prepared(x, grid, Preprocess()), stay(grid.ndim), grid) for x in (f, m))
     assert similarity_for(a, b)[0] == expected
 
@@ -70,5 +71,5 @@ def test_real_pairs(fixed: str, moving: str, expected: str) -> None:
 def test_auto_is_what_is_written(tmp_path: Path) -> None:
     fixed, moving = phantom(2)
     register(Request(fixed, moving, tmp_path / "out", overrides=QUICK))
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["similarity"]["name"] in ("lncc", "mind")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["similarity"]["name"] in ("lncc", "mi")
     assert 'name = "auto"' in (tmp_path / "out" / "parameters.toml").read_text()

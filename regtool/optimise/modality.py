@@ -1,4 +1,4 @@
-"""Which similarity suits a pair: do bright and dark mean the same in both images?"""
+"""Which similarity suits a pair: do brighter and darker mean the same in both images?"""
 
 from __future__ import annotations
 
@@ -7,39 +7,45 @@ import torch
 from regtool.losses.means import at_least_float32
 from regtool.losses.window import window_count, window_sum
 
-WINDOW = 9
-EDGES = 0.3  # the part of the windows, those with the most contrast in both images, that is asked
-AGREEMENT = 0.9  # of the signs of local correlations, from which on the images count as one modality
-FLATTEST = 1e-4  # variance of a window that says something, for intensities in [0, 1]
+WINDOW = 5  # voxels across the windows that are asked
+AGREEMENT = 0.75  # from which on images count as one modality: those of one kind reach 0.9 and more, those of two sequences 0.5 and less
+FLATTEST = 1e-3  # variance of a window that says something, for intensities in [0, 1]
+BACKGROUND = 0.15  # share of the voxels from which on the most frequent intensity is background
+BINS = 64
 
 
 def agreement(fixed: torch.Tensor, moving: torch.Tensor) -> float:
     """How far local correlations agree in sign, from -1 (inverted) over 0 (unrelated) to 1 (one modality): their mean over their mean size.
 
-    fixed, moving: (1, 1, *shape), roughly aligned, scaled to about [0, 1]. Asked where both images have structure; 0 where they have none.
+    fixed, moving: (1, 1, *shape), roughly aligned, scaled to about [0, 1]. Windows that see background are left out where enough others are left:
+    the outline of a body is the same in all modalities. 0 where the images have no structure.
     """
     f, m = at_least_float32(fixed), at_least_float32(moving)
     axes = range(2, f.dim())
     count = torch.ones((), device=f.device)
     for axis in axes:
-        n = window_count(f.shape[axis], WINDOW, f)
-        count = count * n.reshape([-1 if a == axis else 1 for a in range(f.dim())])
-    sums = [window_sum(x, WINDOW, axes) / count for x in (f, m, f * f, m * m, f * m)]
-    variances = [sums[2] - sums[0] ** 2, sums[3] - sums[1] ** 2]
-    covariance = sums[4] - sums[0] * sums[1]
-    structure = torch.minimum(variances[0] / variances[0].mean().clamp(min=1e-12), variances[1] / variances[1].mean().clamp(min=1e-12)).flatten()
-    told = (variances[0].flatten() > FLATTEST) & (variances[1].flatten() > FLATTEST)
-    if not bool(told.any()):
-        return 0.0
-    strongest = structure[told]
-    least = strongest.kthvalue(max(1, round((1 - EDGES) * len(strongest)))).values
-    at = told & (structure >= least)
-    correlation = (covariance / (variances[0] * variances[1]).clamp(min=1e-12).sqrt()).flatten()[at]
-    return float(correlation.mean() / correlation.abs().mean().clamp(min=1e-12))
+        count = count * window_count(f.shape[axis], WINDOW, f).reshape([-1 if a == axis else 1 for a in range(f.dim())])
+    empty = _background(f) | _background(m)
+    sums = [window_sum(x, WINDOW, axes) / count for x in (f, m, f * f, m * m, f * m, empty.to(f.dtype))]
+    variances = (sums[2] - sums[0] ** 2, sums[3] - sums[1] ** 2)
+    told = (variances[0] > FLATTEST) & (variances[1] > FLATTEST)
+    within = told & (sums[5] < 0.5 / WINDOW ** len(axes))
+    asked = within if int(within.sum()) * 20 > int(told.sum()) else told
+    correlation = ((sums[4] - sums[0] * sums[1]) / (variances[0] * variances[1]).clamp(min=1e-12).sqrt())[asked]
+    return float(correlation.mean() / correlation.abs().mean().clamp(min=1e-12)) if len(correlation) else 0.0
 
 
 def similarity_for(fixed: torch.Tensor, moving: torch.Tensor) -> tuple[str, str]:
-    """(name of a similarity, why): lncc within one modality, mind across modalities."""
+    """(name of a similarity, why): lncc within one modality, mi across modalities."""
     found = agreement(fixed, moving)
-    said = f"local correlations agree in sign by {found:.2f}, one modality from {AGREEMENT:g}"
-    return ("lncc" if found >= AGREEMENT else "mind"), said
+    return ("lncc" if found >= AGREEMENT else "mi"), f"local correlations agree in sign by {found:.2f}; one modality from {AGREEMENT:g}"
+
+
+def _background(image: torch.Tensor) -> torch.Tensor:
+    """Where the image has its most frequent intensity, if that is frequent enough to be no tissue."""
+    top = float(image.max())
+    bins = torch.histc(image, BINS, min=0.0, max=max(top, 1e-6))
+    mode = int(bins.argmax())
+    if float(bins[mode]) < BACKGROUND * image.numel():
+        return torch.zeros_like(image, dtype=torch.bool)
+    return (image / max(top, 1e-6) - (mode + 0.5) / BINS).abs() < 1.5 / BINS
