@@ -20,27 +20,54 @@ from pathlib import Path
 import torch
 
 from regtool.data.dataset import Dataset
+from regtool.data.preprocess import network_grid, prepared, to_network
+from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
-from regtool.geometry.sampling import warp_voxels
+from regtool.geometry.fields import jacobian_determinant, jacobian_statistics
+from regtool.geometry.image import DisplacementField, Image, Transform
+from regtool.geometry.sampling import displacement_on, stay, warp_labels, warp_voxels
+from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import Pairs, read_list
+from regtool.metrics.overlap import counts, dice
+from regtool.optimise.align import align
 from regtool.parameters import Parameters
-from regtool.workflows.register import Request, register
 
-ALONE = (
-    "guard.repair_folds=false",
-    "guard.max_folding_percent=100",
-    "refine.iterations=0",
-    "qc.max_folding_percent=100",
-    "run.qc=false",
-    "run.threads=1",
-)
+
+def network_field(engine: Engine, parameters: Parameters, fixed: Image, moving: Image, aligned: Transform) -> Transform:
+    """Fixed to moving through the network and `aligned`, with nothing repaired, refined or rolled back."""
+    grid = network_grid(fixed.grid, parameters.grid)
+    images = [to_network(prepared(x, grid, parameters.preprocess), t, grid) for x, t in ((fixed, stay(grid.ndim)), (moving, aligned))]
+    with torch.no_grad():
+        u = engine.displacement(*images)
+    return Transform((DisplacementField.from_voxels(u, grid),)).then(aligned)
+
+
+def evaluated(model: Path, pairs: Pairs) -> list[float]:
+    """Mean Dice before, after the network alone, folding in percent then, mean Dice after alignment alone, after alignment and network."""
+    engine, card = load_model(model)
+    parameters = Parameters.model_validate(card["parameters"])
+    rows = []
+    for pair in pairs:
+        fixed, moving = read_image(pair.fixed.image), read_image(pair.moving.image)
+        labels = read_labels(pair.fixed.labels), read_labels(pair.moving.labels)
+        there = counts(labels[0].data.flatten()).keys() & counts(labels[1].data.flatten()).keys()
+
+        def score(transform: Transform, labels: tuple = labels, there: set = there) -> float:
+            return dice(labels[0], warp_labels(labels[1], transform, labels[0].grid, vote=False), there).mean
+
+        still = stay(fixed.grid.ndim)
+        alone = network_field(engine, parameters, fixed, moving, still)
+        aligned = Transform((align(fixed, moving, "auto", still).affine,))
+        both = network_field(engine, parameters, fixed, moving, aligned)
+        folding = jacobian_statistics(jacobian_determinant(displacement_on(alone, fixed.grid))).folding_percent
+        rows.append([score(still), score(alone), folding, score(aligned), score(both)])
+    return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
 def cycled_nmse(model: Path, pairs: Pairs) -> float:
     """Mean of |A - T(T(A, phi_AB), phi_BA)|^2 / |A|^2, phi_BA found for the two images that phi_AB and its counterpart made."""
     engine, card = load_model(model)
-    parameters = Parameters.model_validate(card["parameters"])
-    source = Dataset(pairs, parameters, 2**28, images_only=True)
+    source = Dataset(pairs, Parameters.model_validate(card["parameters"]), 2**28, images_only=True)
     found = []
     for i in range(len(pairs)):
         pair = source.sample(i)
@@ -48,22 +75,8 @@ def cycled_nmse(model: Path, pairs: Pairs) -> float:
             forth = warp_voxels(pair.moving, engine.displacement(pair.fixed, pair.moving))
             back = warp_voxels(pair.fixed, engine.displacement(pair.moving, pair.fixed))
             cycled = warp_voxels(forth, engine.displacement(back, forth))
-            found.append(float((pair.moving - cycled).square().sum() / pair.moving.square().sum()))
+        found.append(float((pair.moving - cycled).square().sum() / pair.moving.square().sum()))
     return statistics.mean(found)
-
-
-def evaluated(pairs: Pairs, overrides: tuple[str, ...]) -> tuple[float, float, float]:
-    """Mean Dice before and after, mean folding in percent."""
-    before, after, folding = [], [], []
-    for pair in pairs:
-        request = Request(
-            pair.fixed.image, pair.moving.image, None, None, overrides, fixed_labels=pair.fixed.labels, moving_labels=pair.moving.labels
-        )
-        report = register(request).report
-        before.append(report["before"]["dice"]["mean"])
-        after.append(report["after"]["dice"]["mean"])
-        folding.append(report["jacobian"]["folding_percent"])
-    return statistics.mean(before), statistics.mean(after), statistics.mean(folding)
 
 
 def main() -> None:
@@ -82,10 +95,7 @@ def main() -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     pairs = read_list(options.pairs)[:: options.every]
-    model = (*ALONE, f'run.model="{run / "model.safetensors"}"')
-    before, alone, folding = evaluated(pairs, (*model, "align.method=none"))
-    aligned = evaluated(pairs, ALONE)[1]
-    both = evaluated(pairs, model)[1]
+    before, alone, folding, aligned, both = evaluated(run / "model.safetensors", pairs)
     nmse = cycled_nmse(run / "model.safetensors", pairs)
     shown = f"`regtool train {options.training.name} {more}`"
     numbers = f"{report['steps']} | {report['minutes']:.1f} | {before:.3f} | {alone:.3f} | {folding:.3f} % | {aligned:.3f} | {both:.3f} | {nmse:.4f}"
