@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--output", "-o", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--amplitude", type=float, default=12.0, help="mm")
+    parser.add_argument("--only", choices=sorted(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -124,6 +125,8 @@ def main() -> None:
     pairs.write_text("fixed,moving\n" + "".join(f"T1_{k}.mha,T2_{k}.mha\n" for k in learning), encoding="utf-8")
     print(f"{len(learning)} slices to learn from, {len(testing)} to test with", file=sys.stderr)
     for name, more in METHODS.items():
+        if options.only not in (None, name):
+            continue
         run = options.output / name
         command = ["regtool", "train", str(pairs), "-o", str(run), "--max-time", f"{options.minutes:g}", "--resume"]
         subprocess.run([*command, *f"{more} {COMMON} {AUGMENT}".split()], check=True, stdout=subprocess.DEVNULL)
