@@ -15,6 +15,7 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image
 
 torch.set_flush_denormal(True)
+torch.set_num_threads(1)  # the tests are many and small: they run side by side instead
 DATA = Path(os.environ.get("REGTOOL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 

@@ -11,4 +11,4 @@ else
   python=.venv/bin/python
 fi
 "$python" -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n auto "$@"

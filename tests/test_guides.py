@@ -21,7 +21,7 @@ from regtool.workflows.resolve import resolve
 from tests.conftest import random_grid, smooth_field
 from tests.test_register import phantom
 
-QUICK = ("run.threads=1", "run.qc=false", "align.method=none")
+QUICK = ("run.threads=1", "run.qc=false", "align.method=none", "measure.name=lncc")
 
 
 def setup(*overrides: str) -> Setup:
