@@ -18,6 +18,7 @@ from regtool.parameters import Grid as GridParameters
 
 # `auto` moves away from what the headers say only for so many times the score, and from a shift likewise: headers are usually right
 WORTH = {"center": 1.1, "moments": 1.1, "rigid": 1.03, "affine": 1.06}
+TURNED = 1.06  # the least that a rigid map must be worth too before headers, or a shift, are left for it: aligned brains of two people reach 1.04
 # and only to where the structures are alike: good pairs end at -0.003 to -0.12, MR on ultrasound, which affine maps only make worse, below -0.135
 ALIKE = -0.13
 TURNS_WORTH = 1.5  # a start turned by right angles is believed only if it ends so much higher than the others
@@ -130,7 +131,8 @@ def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float]
 
     def worth(name: str, than: str) -> bool:
         both = compared(level, initial.after(found[name]), initial.after(found[than]))
-        if value(name) <= similarity[than] or (both is not None and both[0] <= WORTH[name] * both[1]):
+        least = max(WORTH[name], TURNED if name in freedom else 0.0)
+        if value(name) * WORTH[name] <= least * similarity[than] or (both is not None and both[0] <= least * both[1]):
             return False
         return name not in freedom or resemblance(level, initial.after(found[name])) > ALIKE
 

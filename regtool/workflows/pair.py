@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import continued, prepared, to_network
+from regtool.data.preprocess import continued, network_grid, prepared, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -26,6 +26,7 @@ from regtool.optimise.align import align
 from regtool.optimise.guard import Stage, objection
 from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
+from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Parameters
 from regtool.workflows.oneshot import Progress, learn
 from regtool.workflows.planner import Plan, make_plan
@@ -33,6 +34,8 @@ from regtool.workflows.runtime import memory_limit_bytes
 from regtool.workflows.warp import invert_points
 
 log = logging.getLogger("regtool")
+
+ASKED_VOXELS = 100_000  # of the grid on which the relation of intensities is asked
 
 
 @dataclass
@@ -205,7 +208,9 @@ class Course:
     def settle_measure(self) -> None:
         """With the images aligned, `auto` becomes the similarity that suits them; the score is that one's from here on."""
         if self.setup.parameters.measure.name == "auto":
-            name, self.modality = similarity_for(self.target, self.tensor(self.moving, self.transform, self.grid))
+            coarse = network_grid(self.grid, GridParameters(), ASKED_VOXELS)  # how local correlations come out depends on the size of the voxels
+            images = (self.tensor(self.fixed, stay(coarse.ndim), coarse), self.tensor(self.moving, self.transform, coarse))
+            name, self.modality = similarity_for(*images)
             self.measure = self.measure.model_copy(update={"name": name})
             self.score = self.measured(self.transform)
 
