@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from regtool.data.batch import Batch, Points
-from regtool.geometry.fields import exponential
+from regtool.deformation.velocity import velocity as integrated
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Labels, Transform
-from regtool.geometry.sampling import identity, resize_voxels, sample, warp_labels, warp_voxels
+from regtool.geometry.sampling import identity, sample, warp_labels, warp_voxels
 from regtool.geometry.splines import bspline_kernel
 from regtool.parameters import Augment
 
@@ -68,7 +68,7 @@ def elastic(shape: Sequence[int], largest: float, spacing: float, generator: tor
     velocity *= largest / velocity.square().sum(dim=0).max().sqrt().clamp(min=1e-12)
     ratio = torch.tensor([n / m for n, m in zip(shape, coarse, strict=True)][::-1], dtype=torch.float64).reshape(-1, *[1] * len(shape))
     squarings = max(0, math.ceil(math.log2(max(largest, 1e-6) / STEP)))
-    return resize_voxels(exponential((velocity / ratio).float()[None], squarings) * ratio.float(), shape)
+    return integrated((velocity / ratio).float()[None], shape, squarings)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from regtool.data.batch import Batch, Points
-from regtool.data.preprocess import antialiased, network_grid, normalised, to_network
+from regtool.data.preprocess import antialiased, is_there, network_grid, normalised, to_network
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Labels, Transform
@@ -119,7 +119,7 @@ class Dataset:
         def make() -> torch.Tensor:
             return to_network(antialiased(self._image(entry), grid), Transform((affine,)), grid)
 
-        if _stays(self._grid(entry), affine, grid):
+        if is_there(self._grid(entry), Transform((affine,)), grid):
             return make()  # is the image itself, which is kept already
         return self._cache.get(("image", entry.image, grid, *_numbers(affine)), make)
 
@@ -131,7 +131,7 @@ class Dataset:
         def make() -> torch.Tensor:
             mask = read_image(path, self.fix_header)
             own = Image((mask.data.mean(dim=0, keepdim=True) > 0).float(), _placed(path, mask.grid, self._grid(entry), entry.image))
-            return (own if _stays(own.grid, affine, grid) else warp(own, Transform((affine,)), grid, outside=0.0)).data[None]
+            return (own if is_there(own.grid, Transform((affine,)), grid) else warp(own, Transform((affine,)), grid, outside=0.0)).data[None]
 
         return self._cache.get(("mask", path, entry.image, grid, *_numbers(affine)), make)
 
@@ -146,7 +146,9 @@ class Dataset:
 
         def make() -> torch.Tensor:
             own = self._cache.get(("labels", path, entry.image), read)
-            return own.data[None] if _stays(own.grid, affine, grid) else _small(warp_labels(own, Transform((affine,)), grid).data[None])
+            return (
+                own.data[None] if is_there(own.grid, Transform((affine,)), grid) else _small(warp_labels(own, Transform((affine,)), grid).data[None])
+            )
 
         return self._cache.get(("labels", path, entry.image, grid, *_numbers(affine)), make)
 
@@ -241,11 +243,6 @@ class _Cache:
 
 def _numbers(affine: Affine) -> tuple[bytes, bytes]:
     return affine.matrix.tobytes(), affine.translation.tobytes()
-
-
-def _stays(own: Grid, affine: Affine, grid: Grid) -> bool:
-    """Whether there is nothing to resample."""
-    return own.same_as(grid, tolerance=1e-6) and np.array_equal(affine.matrix, np.eye(affine.ndim)) and not affine.translation.any()
 
 
 def _one_map(labels: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
-from regtool.geometry.sampling import resize_voxels, warp
+from regtool.geometry.sampling import resample, resize_voxels, warp
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
@@ -64,15 +64,20 @@ def continued(image: Image, mask: Image) -> Image:
     mask: above one half where the image counts, on any grid. Coarser and coarser means of the known voxels fill the unknown ones (push-pull,
     Gortler 1996).
     """
-    known = (warp(mask, Transform((Affine.identity(image.grid.ndim),)), image.grid, 0.0).data > 0.5).to(image.data.dtype)
+    known = (resample(mask, image.grid, 0.0).data > 0.5).to(image.data.dtype)
     return image if bool(known.all()) or not bool(known.any()) else Image(_filled(image.data[None], known[None])[0], image.grid)
 
 
 def to_network(ready: Image, transform: Transform, grid: Grid) -> torch.Tensor:
     """(1, 1, *grid.shape): a `prepared` image through `transform` onto the grid."""
-    if len(transform.parts) == 1 and ready.grid.same_as(grid, tolerance=1e-6) and _stays(transform):
-        return ready.data[None]
-    return warp(ready, transform, grid).data[None]
+    return ready.data[None] if is_there(ready.grid, transform, grid) else warp(ready, transform, grid).data[None]
+
+
+def is_there(own: Grid, transform: Transform, grid: Grid) -> bool:
+    """Whether data on `own`, seen through `transform` on `grid`, are what they are: nothing to resample."""
+    part = transform.parts[0]
+    still = len(transform.parts) == 1 and isinstance(part, Affine) and np.array_equal(part.matrix, np.eye(part.ndim)) and not part.translation.any()
+    return still and own.same_as(grid, tolerance=1e-6)
 
 
 def antialiased(image: Image, grid: Grid) -> Image:
@@ -112,8 +117,3 @@ def _filled(data: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 def _size(fixed: Grid, spacing: np.ndarray) -> np.ndarray:
     """Voxels along each axis at `spacing`; the fixed image's own count where spacing is its own."""
     return np.maximum(np.ceil(np.array(fixed.extent) / spacing - 1e-3), 1).astype(int)
-
-
-def _stays(transform: Transform) -> bool:
-    part = transform.parts[0]
-    return isinstance(part, Affine) and np.array_equal(part.matrix, np.eye(part.ndim)) and not part.translation.any()

@@ -126,17 +126,17 @@ def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float]
     ndim, voxels = level.grid.ndim, len(level.points)
     freedom = {"rigid": ndim * (ndim + 1) // 2, "affine": ndim * (ndim + 1)}
 
-    def value(name: str) -> float:
-        return (similarity[name] - freedom.get(name, 0) * math.log(voxels) / (2 * voxels)) / WORTH[name]
+    def earned(name: str) -> float:
+        return similarity[name] - freedom.get(name, 0) * math.log(voxels) / (2 * voxels)
 
     def worth(name: str, than: str) -> bool:
         both = compared(level, initial.after(found[name]), initial.after(found[than]))
         least = max(WORTH[name], TURNED if name in freedom else 0.0)
-        if value(name) * WORTH[name] <= least * similarity[than] or (both is not None and both[0] <= least * both[1]):
+        if earned(name) <= least * similarity[than] or (both is not None and both[0] <= least * both[1]):
             return False
         return name not in freedom or resemblance(level, initial.after(found[name])) > ALIKE
 
     base = "none"
     for names in (("center", "moments"), ("rigid", "affine")):
-        base = max((name for name in names if worth(name, base)), key=value, default=base)
+        base = max((name for name in names if worth(name, base)), key=lambda name: earned(name) / WORTH[name], default=base)
     return base

@@ -19,7 +19,7 @@ from regtool.errors import GeometryError, InputError
 from regtool.geometry.fields import JacobianStatistics, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
-from regtool.geometry.sampling import displacement_on, grid_points, stay, transform_points, warp, warp_labels
+from regtool.geometry.sampling import displacement_on, grid_points, resample, stay, transform_points, warp, warp_labels
 from regtool.geometry.unfold import unfolded
 from regtool.losses import SIMILARITIES
 from regtool.optimise.align import align
@@ -118,7 +118,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
         course = Course(fixed, moving, setup, plan.measuring_grid, before, guides)
         _align(course)
         course.settle_measure()
-        first = course.measured(before)
+        first = course.score if course.transform is before else course.measured(before)
     _check_overlap(fixed.grid, moving.grid, course.transform)
     aligned = course.transform
     field: DisplacementField | None = None
@@ -135,7 +135,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
         warped = warp(moving, Transform((displacement,)), fixed.grid, outside, setup.device)
         begin = warp(moving, before, fixed.grid, outside, setup.device)
         determinant = jacobian_determinant(displacement)
-    mask = None if guides.fixed_mask is None else warp(guides.fixed_mask, stay(fixed.grid.ndim), fixed.grid, 0.0).data[0] > 0.5
+    mask = None if guides.fixed_mask is None else resample(guides.fixed_mask, fixed.grid, 0.0).data[0] > 0.5
     found = jacobian_statistics(determinant, mask)
     return Registered(
         course.transform,

@@ -12,7 +12,7 @@ import torch
 
 from regtool.errors import InputError, UsageError
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
-from regtool.geometry.sampling import stay, warp
+from regtool.geometry.sampling import resample, stay, warp
 from regtool.io.files import check_folder, refuse_existing
 from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
@@ -142,7 +142,7 @@ def _mask(path: Path | None, name: str, image: Image, fix_header: bool) -> Image
     if not bool(mask.data.any()):
         raise InputError(f"the {name} mask {path} is empty: no voxel is above zero", tip="leave it out to use the whole image")
     if not mask.grid.same_as(image.grid, tolerance=0.1):
-        if not bool(warp(mask, stay(image.grid.ndim), image.grid, 0.0).data.any()):
+        if not bool(resample(mask, image.grid, 0.0).data.any()):
             raise InputError(f"the {name} mask {path} marks nothing in its image: they lie apart in space", tip="`regtool doctor` shows geometries")
         log.warning("the %s mask lies on another grid than its image (size %s, %s); it is resampled", name, mask.grid.size, image.grid.size)
     return mask
