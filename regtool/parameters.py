@@ -6,15 +6,13 @@ Precedence: defaults < file < `--set section.key=value`. `[engine]` stays raw he
 from __future__ import annotations
 
 import copy
-import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from regtool.errors import ParameterError, did_you_mean
+from regtool.tables import explained, merged, read_tables, set_value
 
 FORMAT = 1
 MOST_THREADS = 1024  # with tens of thousands the thread library aborts the process
@@ -91,7 +89,7 @@ class Similarity(Measure):
     """What a network learns to raise."""
 
     name: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field("lncc", description="as in [measure], where it says more")
-    weight: float = Field(1.0, gt=0, description="factor of the similarity term")
+    weight: float = Field(1.0, ge=0, description="factor of the similarity term; 0 leaves it out, where something else is learned from")
 
 
 class Regularity(Section):
@@ -109,6 +107,7 @@ class Supervision(Section):
 
     dice: float = Field(0.0, ge=0, description="1 - mean soft Dice of the warped labels, where a pair has labels")
     landmarks: float = Field(0.0, ge=0, description="mean distance in voxels of the mapped landmarks, where a pair has landmarks")
+    displacement: float = Field(0.0, ge=0, description="mean distance in voxels to the known displacement, which synthetic pairs have")
 
 
 class Align(Section):
@@ -130,7 +129,7 @@ class Oneshot(Section):
 
 
 class Augment(Section):
-    """Random changes to the pairs a network learns from; the same to both images unless said otherwise."""
+    """Random changes to the images a network learns from, synthetic ones excepted; the same to both of a pair unless said otherwise."""
 
     flip: float = Field(0.0, ge=0, le=1, description="probability of mirroring each axis")
     rotate90: float = Field(0.0, ge=0, le=1, description="probability of quarter turns in the x-y plane, where x and y have equal sizes")
@@ -143,6 +142,44 @@ class Augment(Section):
     elastic_spacing: float = Field(16.0, ge=2, description="voxels between the control points of that field")
     intensity: float = Field(0.0, ge=0, lt=1, description="strength of random gamma, contrast and brightness, other for each image")
     noise: float = Field(0.0, ge=0, lt=1, description="largest standard deviation of added noise, intensities being 0 to 1")
+
+
+class Synthesis(Section):
+    """Pairs that `regtool train --synthetic` makes: shapes of random labels, warped twice and painted twice (Hoffmann 2022)."""
+
+    size: tuple[int, ...] = Field((48, 48, 48), description="voxels along x, y[, z]; two numbers make 2-D pairs")
+    labels: tuple[int, int] = Field((8, 24), description="least and largest number of labels in a pair, background included")
+    loss_labels: int = Field(8, ge=1, description="labels of a pair that Dice looks at, drawn by chance; the others count as background")
+    amplitude: float = Field(0.08, ge=0, le=0.5, description="largest displacement by each of the two velocities, as a part of the image's size")
+    rotation_degrees: float = Field(6.0, ge=0, le=180, description="largest rotation of each image about each axis")
+    scaling: float = Field(0.06, ge=0, lt=1, description="largest relative change of each image's size along each axis")
+    shear: float = Field(0.03, ge=0, lt=1, description="largest shear of each image")
+    translation: float = Field(0.03, ge=0, lt=1, description="largest shift of each image, as a part of its size")
+    object: float = Field(0.5, ge=0, le=1, description="probability that the labels fill an ellipsoid or box in an empty background")
+    tubes: float = Field(0.3, ge=0, le=1, description="probability of thin tubes and shells")
+    nested: float = Field(0.2, ge=0, le=1, description="probability of fine labels inside some of the coarse ones")
+    same_contrast: float = Field(0.5, ge=0, le=1, description="probability that both images give a label the same intensity")
+    inverted: float = Field(0.1, ge=0, le=1, description="probability that the moving image is turned into its negative")
+    dark_background: float = Field(0.5, ge=0, le=1, description="probability that the background is 0 and has no texture")
+    texture: float = Field(0.15, ge=0, lt=1, description="largest standard deviation of the texture within a label, intensities being 0 to 1")
+    bias: float = Field(0.3, ge=0, description="strength of the smooth shading: the standard deviation of its logarithm")
+    gamma: float = Field(0.25, ge=0, description="standard deviation of the logarithm of gamma")
+    blur_voxels: float = Field(1.5, ge=0, description="largest standard deviation of the blur, at 96 voxels across; in proportion at other sizes")
+    thick_slices: float = Field(0.2, ge=0, le=1, description="probability that slices along one axis are two to four times as thick")
+    clipping: float = Field(0.2, ge=0, le=1, description="probability that the darkest and brightest intensities are cut off")
+    noise: float = Field(0.05, ge=0, lt=1, description="largest standard deviation of the noise, Gaussian or Rician")
+    truncation: float = Field(0.2, ge=0, le=1, description="probability that an end of the field of view is missing, up to a quarter")
+    similarity: float = Field(
+        0.0, ge=0, description="factor of the images' similarity, in place of similarity.weight: the two contrasts need have nothing in common"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Synthesis:
+        if len(self.size) not in (2, 3) or min(self.size) < 8:
+            raise ValueError("size: expected two or three numbers from 8")
+        if not 2 <= self.labels[0] <= self.labels[1] <= 255:
+            raise ValueError("labels: expected two numbers from 2 to 255, the lower one first")
+        return self
 
 
 class Train(Section):
@@ -243,6 +280,7 @@ class Parameters(Section):
     regularity: Regularity = Regularity()
     supervision: Supervision = Supervision()
     augment: Augment = Augment()
+    synthesis: Synthesis = Synthesis()
     train: Train = Train()
     measure: Measure = Measure()
     oneshot: Oneshot = Oneshot()
@@ -263,12 +301,12 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any
     tables: dict[str, Any] = {}
     lines: dict[str, int] = {}
     if path is not None:
-        tables, lines = _read(path)
-    values = _merged(copy.deepcopy(base or {}), tables)
+        tables, lines = read_tables(path)
+    values = merged(copy.deepcopy(base or {}), tables)
     for override in overrides:
-        _set(values, override)
+        set_value(values, override)
     if defaults is not None and isinstance(values.get("method"), str):
-        values = _merged(copy.deepcopy(defaults(values["method"])), values)
+        values = merged(copy.deepcopy(defaults(values["method"])), values)
     try:
         return Parameters.model_validate(values)
     except ValidationError as error:
@@ -280,45 +318,7 @@ def validated(schema: type[S], table: dict[str, Any], prefix: str, path: Path | 
     try:
         return schema.model_validate(table)
     except ValidationError as error:
-        raise explained(error, schema, path, _read(path)[1] if path else {}, prefix, overrides) from error
-
-
-def explained(
-    error: ValidationError, schema: type[BaseModel], path: Path | None, lines: dict[str, int], prefix: str = "", overrides: tuple[str, ...] = ()
-) -> ParameterError:
-    """The first trouble as `vm.toml:5: engine.variatn: unknown parameter; did you mean 'variant'?`."""
-    trouble = error.errors()[0]
-    where = [str(p) for p in trouble["loc"] if not isinstance(p, int)]
-    key = ".".join([*([prefix] if prefix else []), *where])
-    by_override = next((o for o in reversed(overrides) if _within(o.partition("=")[0].strip(), key)), None)
-    if by_override is not None:
-        place = f"--set {by_override}"
-    else:
-        line = lines.get(key) or next((number for name, number in lines.items() if _within(name, key)), None)
-        place = f"{path}:{line}" if path and line else str(path) if path else "parameters"
-    if trouble["type"] == "extra_forbidden":
-        message = f"unknown parameter; {did_you_mean(where[-1], known_keys(schema, where[:-1]))}"
-    else:
-        text = trouble["msg"].removeprefix("Value error, ")
-        message = f"{text[0].lower()}{text[1:]}, got {trouble['input']!r}"
-    more = len(error.errors()) - 1
-    return ParameterError(
-        f"{place}: {key}: {message}" + (f" (and {more} more)" if more else ""),
-        tip="`regtool parameters init METHOD` prints every parameter with its meaning",
-    )
-
-
-def _within(one: str, other: str) -> bool:
-    """Whether two dotted keys are the same, or one is a section of the other."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
-
-
-def known_keys(schema: type[BaseModel], where: list[str]) -> list[str]:
-    """The keys of the section at `where`."""
-    for name in where:
-        inner = schema.model_fields[name].annotation if name in schema.model_fields else None
-        schema = next((t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)), schema)
-    return list(schema.model_fields)
+        raise explained(error, schema, path, read_tables(path)[1] if path else {}, prefix, overrides) from error
 
 
 def dump(parameters: Parameters, opening: str, engine: Section | None = None, documented: bool = False) -> str:
@@ -346,53 +346,3 @@ def dump(parameters: Parameters, opening: str, engine: Section | None = None, do
             out += ["", f"[{name}]"]
             rows(section)
     return "\n".join(out) + "\n"
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tables of a file, and the line of each `section.key`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(
-            f"cannot read the parameter file {path}: {getattr(error, 'strerror', None) or error}", tip="-p takes a TOML file"
-        ) from error
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)", str(error))
-        line = found.group(1) if found and found.group(1) else len(text.splitlines())
-        raise ParameterError(f"{path}:{line}: not valid TOML: {error}", tip="strings need quotes, sections look like [train]") from error
-    lines: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([\w.\- ]+)\]", line):
-            section = header.group(1).strip()
-            lines[section] = number
-        elif key := re.match(r"\s*([\w\-.]+)\s*=", line):
-            lines[f"{section}.{key.group(1)}" if section else key.group(1)] = number
-    return tables, lines
-
-
-def _merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Tables merged key by key, `high` winning."""
-    out = dict(low)
-    for key, value in high.items():
-        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
-
-
-def _set(values: dict[str, Any], override: str) -> None:
-    """`section.key=value` into `values`; value in TOML notation, a bare word is a string."""
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise ParameterError(f"--set {override}: expected section.key=value", tip="for example --set oneshot.iterations=100")
-    try:
-        value = tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ParameterError(f"--set {override}: {section} is no section", tip="`regtool parameters init METHOD` prints every parameter")
-    values[name] = value

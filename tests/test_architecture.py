@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "regtool"
 STOREYS = {
-    "errors": -1, "parameters": 0,
+    "errors": -2, "tables": -1, "parameters": 0,
     "geometry": 1,
     "io": 2, "losses": 2, "networks": 2, "deformation": 2,
     "data": 3, "metrics": 3, "report": 3,

@@ -15,7 +15,7 @@ from types import FrameType  # noqa: E402
 import typer  # noqa: E402
 from rich.markup import escape  # noqa: E402
 
-from regtool.cli import doctor, jacobian, methods, models, parameters, register, train, transform, warp  # noqa: E402
+from regtool.cli import cohort, doctor, evaluate, jacobian, methods, models, parameters, register, train, transform, warp  # noqa: E402
 from regtool.cli.console import drop, stderr  # noqa: E402
 from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, GeometryError, InputError, RegtoolError  # noqa: E402
 
@@ -33,8 +33,10 @@ app = typer.Typer(
     "143 terminated. Results go to stdout, progress and logs to stderr. `--debug` after any command shows the traceback of an error.",
 )
 app.command()(register.register)
+app.command()(cohort.cohort)
 app.command()(train.train)
 app.command()(warp.warp)
+app.command()(evaluate.evaluate)
 app.command()(jacobian.jacobian)
 app.add_typer(transform.app, name="transform")
 app.add_typer(models.app, name="models")

@@ -103,3 +103,9 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int, float], None] | N
             bar.update(tasks[what], completed=step, loss=loss)
 
         yield update
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

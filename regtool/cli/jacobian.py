@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,10 +27,17 @@ def jacobian(
     mask: Annotated[
         Path | None, typer.Option("--mask", metavar="IMAGE", help="Statistics over its voxels above zero only; any grid.", show_default=False)
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="IMAGE", help="Label map of the fixed image: volume change of every label; any grid.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Image of the determinant to write.", rich_help_panel=OUTPUT, show_default=False)
     ] = None,
     log: Annotated[bool, typer.Option("--log", help="Write its natural logarithm; folded voxels get that of 0.001.", rich_help_panel=OUTPUT)] = False,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="FILE.png", help="Picture of it to draw.", rich_help_panel=OUTPUT, show_default=False)
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -39,20 +45,37 @@ def jacobian(
 ) -> None:
     """Jacobian determinant of a transform in physical space: volume ratio per voxel, at or below zero where space folds.
 
-    `regtool jacobian result/ -o jacobian.nii.gz --mask brain.nii.gz`
+    Folding counts a voxel where any choice of one-sided differences folds, so that a checkerboard cannot hide.
+
+    `regtool jacobian result/ -o jacobian.nii.gz --mask brain.nii.gz --figure jacobian.png`
+
+    `regtool jacobian result/ --labels brain_labels.nii.gz`
     """
     from regtool.workflows.jacobian import jacobian as workflow
 
     logs(-1 if quiet else verbose)
-    found = workflow(transform, output, like=like, mask=mask, log=log, overwrite=overwrite)
-    statistics = {name: value if math.isfinite(value) else None for name, value in asdict(found.statistics).items()}
+    found = workflow(transform, output, like=like, mask=mask, labels=labels, figure=figure, log=log, overwrite=overwrite)
+    statistics, volume = found.statistics, found.nondiffeomorphic_volume_percent
+    result: dict[str, Any] = {
+        "jacobian": asdict(statistics),
+        "nondiffeomorphic_volume_percent": volume,
+        "voxels": found.voxels,
+        "size": list(found.grid.size),
+    }
     table = [
-        ("determinant", f"{found.statistics.min:.4f} to {found.statistics.max:.4f}, mean {found.statistics.mean:.4f}"),
-        ("folding", f"{found.statistics.folding_percent:.4g} % of {found.voxels} voxels"),
-        ("sd of its log", f"{found.statistics.sd_log:.4f}"),
+        ("determinant", f"{statistics.min:.4f} to {statistics.max:.4f}, mean {statistics.mean:.4f}"),
+        ("folding", f"{statistics.folding_percent:.4g} % of {found.voxels} voxels; {volume:.4g} % of the volume"),
+        ("sd of its log", f"{statistics.sd_log:.4f}"),
     ]
-    result = {"jacobian": statistics, "voxels": found.voxels, "size": list(found.grid.size)}
-    if found.output is not None:
-        result["output"] = str(found.output)
-        table.append(("written to", str(found.output)))
+    if found.labels:
+        result["labels"] = {
+            str(label): {"voxels": n, "volume_change_percent": 100 * (one.mean - 1), **asdict(one)} for label, (one, n) in found.labels.items()
+        }
+        for label, (one, n) in found.labels.items():
+            folding = f", folding {one.folding_percent:.4g} %" if one.folding_percent else ""
+            table.append((f"label {label}", f"volume {100 * (one.mean - 1):+.2f} %, {one.min:.3f} to {one.max:.3f}, {n} voxels{folding}"))
+    for name, path in (("output", output), ("figure", figure)):
+        if path is not None:
+            result[name] = str(path)
+            table.append(("written to", str(path)))
     emit(result, table, as_json)

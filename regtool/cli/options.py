@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -67,6 +68,123 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One parameter; may be repeated.", rich_help_panel=METHOD, show_default=False),
 ]
+
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="Registration method; `regtool methods` lists them. Left out: no network.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Trained model, a name or a file. Left out: the method named by -m learns on the pair itself.",
+        metavar="NAME|FILE",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+Align = Annotated[
+    Literal["auto", "none", "center", "moments", "rigid", "affine"] | None,
+    typer.Option(
+        "--align",
+        help="First bring the images together: by their centres, their centres of mass, a rigid or an affine map.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+InitialTransform = Annotated[
+    Path | None,
+    typer.Option(
+        "--initial-transform",
+        help="Transform from fixed to moving to start from (ITK, ANTs, elastix, a field).",
+        metavar="FILE",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+Similarity = Annotated[
+    Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None,
+    typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False),
+]
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        "--refine",
+        help="Steps at each resolution of optimising the displacement itself, after the network or without one; none, auto (60) or a number.",
+        metavar="auto|none|N",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+Inverse = Annotated[
+    bool | None,
+    typer.Option("--inverse/--no-inverse", help="Write the inverse displacement too, with its residual.", rich_help_panel=OUTPUT, show_default=False),
+]
+Format = Annotated[
+    Literal["nii.gz", "mha", "nrrd"] | None, typer.Option("--format", help="Of the images written.", rich_help_panel=OUTPUT, show_default=False)
+]
+Time = Annotated[
+    Literal["each", "one"] | None,
+    typer.Option("--time", help="4-D moving image: a transform for each time point, or one for all.", rich_help_panel=METHOD, show_default=False),
+]
+Qc = Annotated[bool | None, typer.Option("--qc/--no-qc", help="Write the quality page.", rich_help_panel=OUTPUT, show_default=False)]
+
+
+def settings(
+    method: str | None,
+    model: str | None,
+    align: str | None,
+    initial_transform: Path | None,
+    similarity: str | None,
+    refine: str | None,
+    inverse: bool | None,
+    image_format: str | None,
+    time: str | None,
+    device: str | None,
+    threads: int | None,
+    max_memory: float | None,
+    seed: int | None,
+    qc: bool | None,
+) -> tuple[str, ...]:
+    """The options of a registration as `section.key=value`; those left out leave it to the parameter file."""
+    given = {
+        "method": method,
+        "run.model": model,
+        "align.method": align,
+        "run.initial_transform": initial_transform.resolve() if initial_transform else None,
+        "measure.name": similarity,
+        "similarity.name": None if model is not None or similarity == "auto" else similarity,
+        "refine.iterations": _iterations(refine),
+        "run.inverse": inverse,
+        "run.format": image_format,
+        "run.time": time,
+        "run.device": device,
+        "run.threads": threads,
+        "run.max_memory_gb": max_memory,
+        "run.seed": seed,
+        "run.qc": qc,
+    }
+    return tuple(f"{key}={_text(value)}" for key, value in given.items() if value is not None)
+
+
+def _iterations(refine: str | None) -> int | None:
+    """None where the parameter file or the default decides."""
+    if refine is None or refine == "auto":
+        return None
+    if refine != "none" and not refine.isdecimal():
+        raise UsageError(f"--refine {refine}: expected auto, none or a number of steps", tip="for example --refine 100")
+    return 0 if refine == "none" else int(refine)
+
+
+def _text(value: object) -> str:
+    """A value as TOML."""
+    return json.dumps(value if isinstance(value, bool | int | float) else str(value))
 
 
 def pair(fixed: Path | None, moving: Path | None, fixed_option: Path | None, moving_option: Path | None) -> tuple[Path, Path]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -15,22 +14,33 @@ from regtool.cli.options import (
     EXTRA,
     METHOD,
     OUTPUT,
+    Align,
     Device,
     Fixed,
     FixedOption,
     FixHeader,
+    Format,
+    InitialTransform,
+    Inverse,
     Json,
     MaxMemory,
+    Method,
+    Model,
     Moving,
     MovingOption,
     Overwrite,
     ParameterFile,
+    Qc,
     Quiet,
+    Refine,
     Seed,
     Set,
+    Similarity,
     Threads,
+    Time,
     Verbose,
     pair,
+    settings,
 )
 
 
@@ -39,26 +49,8 @@ def register(
     moving: Moving = None,
     fixed_option: FixedOption = None,
     moving_option: MovingOption = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            "-m",
-            help="Registration method; `regtool methods` lists them. Left out: no network.",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Trained model, a name or a file. Left out: the method named by -m learns on the pair itself.",
-            metavar="NAME|FILE",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
+    method: Method = None,
+    model: Model = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -67,39 +59,10 @@ def register(
     ] = None,
     parameter_file: ParameterFile = None,
     overrides: Set = None,
-    align: Annotated[
-        Literal["auto", "none", "center", "moments", "rigid", "affine"] | None,
-        typer.Option(
-            "--align",
-            help="First bring the images together: by their centres, their centres of mass, a rigid or an affine map.",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    initial_transform: Annotated[
-        Path | None,
-        typer.Option(
-            "--initial-transform",
-            help="Transform from fixed to moving to start from (ITK, ANTs, elastix, a field).",
-            metavar="FILE",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    similarity: Annotated[
-        Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None,
-        typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False),
-    ] = None,
-    refine: Annotated[
-        str | None,
-        typer.Option(
-            "--refine",
-            help="Steps at each resolution of optimising the displacement itself, after the network or without one; none, auto (60) or a number.",
-            metavar="auto|none|N",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
+    align: Align = None,
+    initial_transform: InitialTransform = None,
+    similarity: Similarity = None,
+    refine: Refine = None,
     fixed_mask: Annotated[
         Path | None,
         typer.Option("--fixed-mask", help="Where the fixed image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
@@ -130,25 +93,15 @@ def register(
     moving_landmarks: Annotated[
         Path | None, typer.Option("--moving-landmarks", help="The same points in the moving image.", rich_help_panel=EXTRA, show_default=False)
     ] = None,
-    inverse: Annotated[
-        bool | None,
-        typer.Option(
-            "--inverse/--no-inverse", help="Write the inverse displacement too, with its residual.", rich_help_panel=OUTPUT, show_default=False
-        ),
-    ] = None,
-    image_format: Annotated[
-        Literal["nii.gz", "mha", "nrrd"] | None, typer.Option("--format", help="Of the images written.", rich_help_panel=OUTPUT, show_default=False)
-    ] = None,
-    time: Annotated[
-        Literal["each", "one"] | None,
-        typer.Option("--time", help="4-D moving image: a transform for each time point, or one for all.", rich_help_panel=METHOD, show_default=False),
-    ] = None,
+    inverse: Inverse = None,
+    image_format: Format = None,
+    time: Time = None,
     fix_header: FixHeader = False,
     device: Device = None,
     threads: Threads = None,
     max_memory: MaxMemory = None,
     seed: Seed = None,
-    qc: Annotated[bool | None, typer.Option("--qc/--no-qc", help="Write the quality page.", rich_help_panel=OUTPUT, show_default=False)] = None,
+    qc: Qc = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -167,23 +120,6 @@ def register(
 
     logs(-1 if quiet else verbose)
     f, m = pair(fixed, moving, fixed_option, moving_option)
-    given = {
-        "method": method,
-        "run.model": model,
-        "align.method": align,
-        "run.initial_transform": initial_transform.resolve() if initial_transform else None,
-        "measure.name": similarity,
-        "similarity.name": None if model is not None or similarity == "auto" else similarity,
-        "refine.iterations": _iterations(refine),
-        "run.inverse": inverse,
-        "run.format": image_format,
-        "run.time": time,
-        "run.device": device,
-        "run.threads": threads,
-        "run.max_memory_gb": max_memory,
-        "run.seed": seed,
-        "run.qc": qc,
-    }
     from regtool.workflows.register import Request, default_output
     from regtool.workflows.register import register as work
 
@@ -192,7 +128,12 @@ def register(
         m,
         output or default_output(f, m),
         parameter_file,
-        (*(overrides or ()), *(f"{k}={_text(v)}" for k, v in given.items() if v is not None)),
+        (
+            *(overrides or ()),
+            *settings(
+                method, model, align, initial_transform, similarity, refine, inverse, image_format, time, device, threads, max_memory, seed, qc
+            ),
+        ),
         fixed_mask,
         moving_mask,
         fixed_labels,
@@ -234,19 +175,3 @@ def summary(report: dict[str, Any], output: Path | None) -> list[tuple[str, str]
         rows.append(("written to", str(output)))
         rows += [("quality page", str(output / report["outputs"]["qc"]))] if "qc" in report["outputs"] else []
     return rows
-
-
-def _iterations(refine: str | None) -> int | None:
-    """None where the parameter file or the default decides."""
-    from regtool.errors import UsageError
-
-    if refine is None or refine == "auto":
-        return None
-    if refine != "none" and not refine.isdecimal():
-        raise UsageError(f"--refine {refine}: expected auto, none or a number of steps", tip="for example --refine 100")
-    return 0 if refine == "none" else int(refine)
-
-
-def _text(value: object) -> str:
-    """A value as TOML."""
-    return json.dumps(value if isinstance(value, bool | int | float) else str(value))

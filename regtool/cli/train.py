@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regtool.cli.console import emit, logs, stderr
+from regtool.cli.console import clock, emit, logs, stderr
 from regtool.cli.options import METHOD, OUTPUT, RUN, Device, FixHeader, Json, MaxMemory, Overwrite, ParameterFile, Quiet, Seed, Set, Threads, Verbose
 
 if TYPE_CHECKING:
@@ -23,14 +23,27 @@ if TYPE_CHECKING:
 
 DATA = "Pairs"
 EVERY_SECONDS = 10.0  # between lines where stderr is no terminal
-NAMES = {"similarity": "similarity", "dice": "Dice", "tre_voxels": "landmark error (voxels)", "folding_percent": "folding (%)"}
+NAMES = {
+    "similarity": "similarity",
+    "dice": "Dice",
+    "tre_voxels": "landmark error (voxels)",
+    "epe_voxels": "displacement error (voxels)",
+    "folding_percent": "folding (%)",
+}
 
 
 def train(
-    data: Annotated[
-        Path, typer.Argument(help="PAIRS.csv (fixed,moving,…), IMAGES.csv (image,…: all pairs) or a folder of images (all pairs).", metavar="LIST")
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.", metavar="RUN_DIR", rich_help_panel=OUTPUT)],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="PAIRS.csv (fixed,moving,…), IMAGES.csv (image,…: all pairs) or a folder of images (all pairs).", metavar="LIST", show_default=False
+        ),
+    ] = None,
+    synthetic: Annotated[
+        bool,
+        typer.Option("--synthetic", help="Instead of LIST: pairs made from noise, as [synthesis] says; no images are needed.", rich_help_panel=DATA),
+    ] = False,
     method: Annotated[
         str | None,
         typer.Option("--method", "-m", help="Registration method; `regtool methods` lists them.", rich_help_panel=METHOD, show_default=False),
@@ -41,7 +54,7 @@ def train(
         Path | None,
         typer.Option(
             "--validation",
-            help="A list to validate with. Left out: a part of LIST is held out, by id.",
+            help="A list to validate with. Left out: a part of LIST is held out, by id, or synthetic pairs of their own.",
             metavar="LIST",
             rich_help_panel=DATA,
             show_default=False,
@@ -76,7 +89,7 @@ def train(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Train METHOD on a list of pairs; the result is a model for `register --model`.
+    """Train METHOD on a list of pairs, or on synthetic ones; the result is a model for `register --model`.
 
     RUN_DIR gets model.safetensors (the best by validation), state.safetensors (to go on from), history.csv, curves.png, parameters.toml and, last,
     report.json. SIGTERM and Ctrl-C write a checkpoint and end, SIGUSR1 writes one and goes on; `--resume` continues to the same weights as an
@@ -85,6 +98,8 @@ def train(
     `regtool train pairs.csv -m voxelmorph -o run`
 
     `regtool train images.csv --atlas atlas.nii.gz -p brain.toml -o run --resume`
+
+    `regtool train --synthetic -m voxelmorph --set synthesis.size=[96,96] -o run`
 
     `torchrun --nproc-per-node 4 -m regtool train pairs.csv -p brain.toml -o run`
     """
@@ -104,7 +119,7 @@ def train(
     texts = tuple(f"{k}={json.dumps(v)}" for k, v in given.items() if v is not None)
     command = shlex.join(["regtool", *sys.argv[1:]])
     request = Request(
-        data, output, parameter_file, (*(overrides or ()), *texts), validation, atlas, atlas_labels, resume, overwrite, fix_header, command
+        data, output, parameter_file, (*(overrides or ()), *texts), validation, atlas, atlas_labels, resume, overwrite, fix_header, command, synthetic
     )
     with _view(quiet) as watch:
         report = work(request, watch)
@@ -115,7 +130,7 @@ def train(
 def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
     rows = [
         ("method", str(report["method"])),
-        ("pairs", f"{report['pairs']} to learn from, {report['validation_pairs']} to validate with"),
+        ("pairs", f"{report.get('pairs', 'synthetic ones, no two alike,')} to learn from, {report['validation_pairs']} to validate with"),
         ("steps", f"{report['steps']} in {report['minutes']:.1f} minutes; the model is that of step {report['best_step']}"),
     ]
     if "after" in report:
@@ -149,7 +164,7 @@ def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
 
 def _line(moment: Moment) -> str:
     terms = ", ".join(f"{name} {value:.4f}" for name, value in moment.terms.items())
-    text = f"step {moment.progress.step} of {moment.steps}: {terms}; {moment.pairs_per_second:.2f} pairs/s, {_clock(moment.seconds_left)} left"
+    text = f"step {moment.progress.step} of {moment.steps}: {terms}; {moment.pairs_per_second:.2f} pairs/s, {clock(moment.seconds_left)} left"
     return text + (f"; validation: {_validation(moment)}" if moment.fresh else "")
 
 
@@ -165,7 +180,7 @@ def _table(moment: Moment) -> Table:
     table.add_row("loss", "   ".join(f"{name} {value:.4f}" for name, value in moment.terms.items()))
     if moment.progress.latest is not None:
         table.add_row("validation", f"{_validation(moment)} (step {moment.progress.validated_at}; best: step {moment.progress.best_at})")
-    table.add_row("speed", f"{moment.pairs_per_second:.2f} pairs/s, {_clock(moment.seconds_left)} left")
+    table.add_row("speed", f"{moment.pairs_per_second:.2f} pairs/s, {clock(moment.seconds_left)} left")
     table.add_row("memory", f"{moment.memory_mb:.0f} MB")
     return table
 
@@ -173,8 +188,3 @@ def _table(moment: Moment) -> Table:
 def _validation(moment: Moment) -> str:
     found = [(name, getattr(moment.progress.latest, key)) for key, name in NAMES.items()]
     return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

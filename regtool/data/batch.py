@@ -14,7 +14,8 @@ class Batch:
     """N pairs on one voxel grid.
 
     fixed, moving: (N, C, *shape) as the network sees them; masks: (N, 1, *shape) >= 0, where similarity counts; labels: (N, 1, *shape) int64, of
-    both images or of neither; points: for each pair the (P, D) voxel indices of its landmarks, x first, or None.
+    both images or of neither; points: for each pair the (P, D) voxel indices of its landmarks, x first, or None; displacement: the
+    (N, D, *shape) voxels that are the answer, NaN where it is not known.
     """
 
     fixed: torch.Tensor
@@ -25,6 +26,7 @@ class Batch:
     moving_labels: torch.Tensor | None = None
     fixed_points: Points = ()
     moving_points: Points = ()
+    displacement: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -37,7 +39,7 @@ class Batch:
         return Batch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
     def swapped(self) -> Batch:
-        """The same pairs registered the other way."""
+        """The same pairs registered the other way; a known displacement is not, so it is left out."""
         return Batch(
             self.moving,
             self.fixed,

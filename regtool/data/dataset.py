@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -204,6 +205,13 @@ def collate(batches: Sequence[Batch]) -> Batch:
     def points(of: Callable[[Batch], Points]) -> Points:
         return tuple(p for b in batches for p in of(b) or (None,) * len(b.fixed))
 
+    def known() -> torch.Tensor | None:
+        if all(b.displacement is None for b in batches):
+            return None
+        nowhere = torch.full((), math.nan, device=batches[0].fixed.device)
+        each = (nowhere.expand(len(b.fixed), len(shape), *b.fixed.shape[2:]) if b.displacement is None else b.displacement for b in batches)
+        return torch.cat([_padded(u, shape, value=math.nan) for u in each])
+
     return Batch(
         torch.cat([_padded(b.fixed, shape, "replicate") for b in batches]),
         torch.cat([_padded(b.moving, shape, "replicate") for b in batches]),
@@ -213,6 +221,7 @@ def collate(batches: Sequence[Batch]) -> Batch:
         labels(lambda b: b.moving_labels),
         points(lambda b: b.fixed_points),
         points(lambda b: b.moving_points),
+        known(),
     )
 
 
@@ -278,7 +287,7 @@ def _small(labels: torch.Tensor) -> torch.Tensor:
     return labels.to(kind)
 
 
-def _padded(data: torch.Tensor, shape: Sequence[int], mode: str = "constant") -> torch.Tensor:
+def _padded(data: torch.Tensor, shape: Sequence[int], mode: str = "constant", value: float | None = None) -> torch.Tensor:
     """(N, C, *shape), grown at the far ends."""
     missing = [n - m for n, m in zip(shape, data.shape[2:], strict=True)]
-    return F.pad(data, [end for n in reversed(missing) for end in (0, n)], mode=mode) if any(missing) else data
+    return F.pad(data, [end for n in reversed(missing) for end in (0, n)], mode=mode, value=value) if any(missing) else data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -50,7 +51,7 @@ def normalised(image: Image, parameters: Preprocess) -> Image:
     bottom, top = (float(v) for v in np.percentile(sample, [low, high]))
     if top <= bottom:  # nearly all background: the percentiles say nothing
         bottom, top = float(flat.min()), float(flat.max())
-    return Image(((data - bottom) / max(top - bottom, 1e-12)).clamp(0, 1) * parameters.top, image.grid)
+    return Image(data.sub_(bottom).div_(max(top - bottom, 1e-12)).clamp_(0, 1).mul_(parameters.top), image.grid)  # the mean is a copy already
 
 
 def prepared(image: Image, grid: Grid, parameters: Preprocess) -> Image:
@@ -82,25 +83,38 @@ def is_there(own: Grid, transform: Transform, grid: Grid) -> bool:
 
 def antialiased(image: Image, grid: Grid) -> Image:
     """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = 0.18 (ratio^2 - 1) voxels."""
-    directions = image.grid.rotation.T @ grid.rotation  # moving axes in terms of the grid's axes
-    reach = 1 / np.sqrt(((directions / np.array(grid.spacing)) ** 2).sum(axis=1))  # grid spacing along each image axis
     data, size, spacing = image.data, list(image.grid.size), list(image.grid.spacing)
-    for component, ratio in enumerate(reach / np.array(image.grid.spacing)):
+    for component, (ratio, stride) in enumerate(zip(*_coarsening(image.grid, grid), strict=True)):
         if ratio > 1.2:
-            stride = max(1, int(ratio / 2))  # still twice as fine as the grid
             data = _blurred(data, data.dim() - 1 - component, float(np.sqrt(0.18 * (ratio**2 - 1))), stride)
             size[component], spacing[component] = data.shape[data.dim() - 1 - component], spacing[component] * stride
     return Image(data, replace(image.grid, size=tuple(size), spacing=tuple(spacing)))
 
 
+def prepared_voxels(own: Grid, grid: Grid) -> int:
+    """Voxels of what `antialiased` makes of an image on `own`."""
+    return math.prod(-(-n // stride) for n, stride in zip(own.size, _coarsening(own, grid)[1], strict=True))
+
+
+def _coarsening(own: Grid, grid: Grid) -> tuple[list[float], list[int]]:
+    """Along each axis of `own`: voxels in one of `grid`, and every how manieth is kept, which is still twice as fine as the grid."""
+    directions = own.rotation.T @ grid.rotation  # own axes in terms of the grid's axes
+    reach = 1 / np.sqrt(((directions / np.array(grid.spacing)) ** 2).sum(axis=1))  # grid spacing along each own axis
+    ratios = (reach / np.array(own.spacing)).tolist()
+    return ratios, [max(1, int(ratio / 2)) if ratio > 1.2 else 1 for ratio in ratios]
+
+
 def _blurred(data: torch.Tensor, axis: int, sigma: float, stride: int) -> torch.Tensor:
-    """Gaussian along one axis, the border continued; every `stride`-th voxel of it."""
-    radius = max(1, int(np.ceil(3 * sigma)))
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=data.dtype) / sigma) ** 2)
-    rows = data.movedim(axis, -1)
-    padded = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="replicate")
-    smooth = F.conv1d(padded, (kernel / kernel.sum()).reshape(1, 1, -1), stride=stride)
-    return smooth.reshape(*rows.shape[:-1], smooth.shape[-1]).movedim(-1, axis).contiguous()
+    """Gaussian along one axis, the border continued; every `stride`-th voxel of it. Tap by tap: faster than conv1d, in a tenth of its memory."""
+    radius, n = max(1, int(np.ceil(3 * sigma))), data.shape[axis]
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    rim = [radius if a == axis else -1 for a in range(data.dim())]
+    padded = torch.cat([data.narrow(axis, 0, 1).expand(rim), data, data.narrow(axis, n - 1, 1).expand(rim)], axis)
+    every = (*[slice(None)] * axis, slice(None, None, stride))
+    out = torch.zeros_like(data[every])
+    for k, weight in enumerate((kernel / kernel.sum()).tolist()):
+        out.add_(padded.narrow(axis, k, n)[every], alpha=weight)
+    return out
 
 
 def _filled(data: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

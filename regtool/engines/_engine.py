@@ -12,7 +12,7 @@ from torch import nn
 from regtool.data.batch import Batch
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import REGULARITIES, SIMILARITIES
-from regtool.losses.supervision import landmark_distance, soft_dice
+from regtool.losses.supervision import displacement_error, landmark_distance, soft_dice
 from regtool.parameters import Parameters, Section
 
 
@@ -45,9 +45,14 @@ class Engine(nn.Module, ABC):
 
     def registration_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
         """Minus the similarity of warped moving and fixed image, and the other terms of `[similarity]`, `[regularity]` and `[supervision]`."""
+        terms = self.field_losses(batch, displacement)
+        if self.similarity.weight == 0:
+            return terms
+        if self.similarity.weight == 0:  # synthetic pairs
+            return self.field_losses(batch, displacement)
         warped = warp_voxels(batch.moving, displacement)
         alike = SIMILARITIES[self.similarity.name](batch.fixed, warped, self.similarity, batch.fixed_mask)
-        return {self.similarity.name: -self.similarity.weight * alike, **self.field_losses(batch, displacement)}
+        return {self.similarity.name: -self.similarity.weight * alike, **terms}
 
     def field_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
         """The terms of `[regularity]` and `[supervision]` whose factor is not zero."""
@@ -56,6 +61,8 @@ class Engine(nn.Module, ABC):
             terms["dice"] = self.supervision.dice * (1 - soft_dice(batch.fixed_labels, batch.moving_labels, displacement))
         if self.supervision.landmarks > 0 and any(p is not None for p in batch.fixed_points):
             terms["landmarks"] = self.supervision.landmarks * landmark_distance(batch.fixed_points, batch.moving_points, displacement)
+        if self.supervision.displacement > 0 and batch.displacement is not None:
+            terms["displacement"] = self.supervision.displacement * displacement_error(batch.displacement, displacement)
         return terms
 
     def trainable(self, phase: str) -> Iterable[nn.Parameter]:  # noqa: ARG002

@@ -83,7 +83,10 @@ class DisplacementField:
 
     def magnitude(self) -> torch.Tensor:
         """(*shape) mm."""
-        return self.data.square().sum(dim=0).sqrt()  # vector_norm over the first axis is twenty times slower
+        out = self.data[0].square()  # vector_norm over the first axis is twenty times slower, a sum needs four times the memory
+        for component in self.data[1:]:
+            out.addcmul_(component, component)
+        return out.sqrt_()
 
 
 @dataclass(frozen=True, eq=False)

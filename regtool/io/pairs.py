@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -25,17 +25,25 @@ EXTRAS = ("labels", "landmarks", "mask")
 PAIR_COLUMNS = ("id", "fixed", "moving", *(f"{side}_{extra}" for extra in EXTRAS for side in ("fixed", "moving")))
 IMAGE_COLUMNS = ("id", "image", *EXTRAS)
 NAMED = 10  # missing files that an error names
+LONGEST_ID = 200  # bytes: file systems take 255, and temporary names are longer
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image and what belongs to it."""
+    """An image and what belongs to it. line: where in the list it stands, None for a file of a folder."""
 
     id: str
     image: Path
     labels: Path | None = None
     landmarks: Path | None = None
     mask: Path | None = None
+    line: int | None = field(default=None, compare=False)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What is given, by name."""
+        found = {"image": self.image, "labels": self.labels, "landmarks": self.landmarks, "mask": self.mask}
+        return {name: path for name, path in found.items() if path is not None}
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,12 @@ class AllPairs(Sequence[Pair]):
         return _pair(self.images[fixed], self.images[moving + (moving >= fixed)])
 
 
-def read_list(source: Path, atlas: Path | None = None, atlas_labels: Path | None = None) -> Pairs:
+def read_list(source: Path, atlas: Path | None = None, atlas_labels: Path | None = None, isolated: bool = False) -> Pairs:
     """The pairs of a PAIRS.csv; of an IMAGES.csv or a folder every ordered pair of images or, with an atlas, each image as moving to the atlas.
 
     An atlas that is in the list itself brings its labels, landmarks and mask from there. Raises InputError for what is missing, malformed, listed
-    twice or too little (all missing files at once), UsageError for an atlas with a list of pairs and for atlas labels without an atlas.
+    twice or too little (all missing files at once), UsageError for an atlas with a list of pairs and for atlas labels without an atlas. isolated: an
+    empty file is no reason to refuse the list, where each pair may fail alone; and every missing one is named.
     """
     if atlas_labels is not None and atlas is None:
         raise UsageError("atlas labels are given without an atlas", tip="name the atlas image too")
@@ -91,15 +100,15 @@ def read_list(source: Path, atlas: Path | None = None, atlas_labels: Path | None
             pairs = _unique([_pair_of_row(source, line, row) for line, row in rows], source)
             if not pairs:
                 raise InputError(f"{source} lists no pairs", tip="below the header, expected one line for each pair")
-            _require([entry for pair in pairs for entry in (pair.fixed, pair.moving)], source)
+            _require([entry for pair in pairs for entry in (pair.fixed, pair.moving)], source, isolated)
             return pairs
-        images = _unique([_entry(source, row) for _, row in rows], source)
+        images = _unique([_entry(source, line, row) for line, row in rows], source)
     if atlas is None:
         if len(images) < 2:
             raise InputError(f"{source} holds {len(images) or 'no'} image{'s' * (len(images) != 1)}, expected at least two", tip=_folder_tip(source))
-        _require(images, source)
+        _require(images, source, isolated)
         return AllPairs(images)
-    return _to_atlas(images, source, atlas, atlas_labels)
+    return _to_atlas(images, source, atlas, atlas_labels, isolated)
 
 
 def split(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
@@ -156,14 +165,14 @@ def _rank(name: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
-def _to_atlas(images: tuple[Entry, ...], source: Path, atlas: Path, labels: Path | None) -> Pairs:
+def _to_atlas(images: tuple[Entry, ...], source: Path, atlas: Path, labels: Path | None, isolated: bool) -> Pairs:
     """Each image as moving to the atlas, without the atlas itself."""
     own = next((entry for entry in images if entry.image.resolve() == atlas.resolve()), Entry(_stem(atlas), atlas))
-    fixed = Entry(own.id, own.image, labels or own.labels, own.landmarks, own.mask)
+    fixed = Entry(own.id, own.image, labels or own.labels, own.landmarks, own.mask, own.line)
     moving = [entry for entry in images if entry is not own]
     if not moving:
         raise InputError(f"{source} holds no image besides the atlas", tip=_folder_tip(source))
-    _require([fixed, *moving], source)
+    _require([fixed, *moving], source, isolated)
     return tuple(_pair(fixed, entry) for entry in moving)
 
 
@@ -177,14 +186,15 @@ def _pair_of_row(source: Path, line: int, row: dict[str, str]) -> Pair:
         if bool(row.get(f"fixed_{extra}")) != bool(row.get(f"moving_{extra}")):
             raise InputError(f"{source}:{line}: {extra} are given for one image only", tip=f"fixed_{extra} and moving_{extra} go together")
     fixed, moving = (
-        _entry(source, {"image": row[side], **{extra: row.get(f"{side}_{extra}", "") for extra in EXTRAS}}) for side in ("fixed", "moving")
+        _entry(source, line, {"image": row[side], **{extra: row.get(f"{side}_{extra}", "") for extra in EXTRAS}}) for side in ("fixed", "moving")
     )
     return _pair(fixed, moving, row.get("id"))
 
 
-def _entry(source: Path, row: dict[str, str]) -> Entry:
+def _entry(source: Path, line: int, row: dict[str, str]) -> Entry:
     image = source.parent / row["image"]
-    return Entry(row.get("id") or _stem(image), image, *(source.parent / row[extra] if row.get(extra) else None for extra in EXTRAS))
+    labels, landmarks, mask = (source.parent / row[extra] if row.get(extra) else None for extra in EXTRAS)
+    return Entry(row.get("id") or _stem(image), image, labels, landmarks, mask, line)
 
 
 def _stem(path: Path) -> str:
@@ -261,17 +271,30 @@ def _unique(listed: Iterable[T], source: Path) -> tuple[T, ...]:
     out: dict[str, T] = {}
     for one in listed:
         if one.id in out:
-            raise InputError(f"{source}: the id {one.id!r} comes twice", tip="a column id gives each line a name of its own")
-        if one.id in (".", "..") or any(c in one.id for c in "/\\:\0"):
-            raise InputError(f"{source}: the id {one.id!r} cannot be the name of a folder", tip="use letters, digits, _ and -")
+            lines = [_line(entry) for entry in (out[one.id], one)]
+            where = f": in lines {lines[0]} and {lines[1]}" if None not in lines else ""
+            raise InputError(f"{source}: the id {one.id!r} comes twice{where}", tip="a column id gives each line a name of its own")
+        if one.id in (".", "..") or any(c in one.id for c in "/\\:\0") or len(one.id.encode()) > LONGEST_ID:
+            where = f":{_line(one)}" if _line(one) is not None else ""
+            raise InputError(f"{source}{where}: the id {one.id!r} cannot be the name of a folder", tip="use letters, digits, _ and -")
         out[one.id] = one
     return tuple(out.values())
 
 
-def _require(entries: Iterable[Entry], source: Path) -> None:
-    """One InputError for all files that are missing or empty."""
-    listed = dict.fromkeys(path for e in entries for path in (e.image, e.labels, e.landmarks, e.mask) if path is not None)
-    missing = [path for path in listed if not path.exists() or (path.is_file() and path.stat().st_size == 0)]
+def _line(one: Entry | Pair) -> int | None:
+    return one.line if isinstance(one, Entry) else one.moving.line
+
+
+def _require(entries: Iterable[Entry], source: Path, isolated: bool) -> None:
+    """One InputError for all files that are missing or, unless `isolated`, empty."""
+    listed: dict[Path, int | None] = {}
+    for entry in entries:
+        for path in entry.files.values():
+            listed.setdefault(path, entry.line)
+    missing = [path for path in listed if not path.exists() or (not isolated and path.is_file() and path.stat().st_size == 0)]
     if missing:
-        names = ", ".join(str(path) for path in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
-        raise InputError(f"{len(missing)} of {len(listed)} files in {source} are missing or empty: {names}", tip="paths are relative to the list")
+        shown = missing if isolated else missing[:NAMED]
+        names = ", ".join(str(path) if listed[path] is None else f"line {listed[path]}: {path}" for path in shown)
+        what = "missing" if isolated else "missing or empty"
+        more = ", ..." if len(missing) > len(shown) else ""
+        raise InputError(f"{len(missing)} of {len(listed)} files in {source} are {what}: {names}{more}", tip="paths are relative to the list")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from regtool.geometry.sampling import sample, warp_voxels
+from regtool.geometry.sampling import identity, inside, sample, warp_voxels
 from regtool.losses.means import at_least_float32
 
 AT_ONCE = 8  # labels warped together: they share their coordinates, and only so many are in memory
@@ -38,6 +38,18 @@ def landmark_distance(
             distances.append((moved - moving).square().sum(dim=-1).clamp(min=1e-12).sqrt())
     every = torch.cat(distances)
     return every.mean() if len(every) else displacement.sum() * 0
+
+
+def displacement_error(known: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
+    """Mean distance in voxels between `x + u(x)` and where x belongs, over the voxels that belong into the moving image; a scalar, 0 without any.
+
+    known: (N, D, *shape) voxels, NaN where nothing is known; displacement: (N, D, *shape) voxels.
+    """
+    u = at_least_float32(displacement)
+    counts = inside(identity(known.shape[2:], known) + known.movedim(1, -1), known.shape[2:])  # NaN is not inside
+    missed = torch.where(counts.unsqueeze(1), u - known, torch.zeros((), dtype=u.dtype, device=u.device))
+    distance = missed.square().sum(dim=1).clamp(min=1e-12).sqrt()
+    return (distance * counts).sum() / counts.sum().clamp(min=1)
 
 
 class _SoftDice(torch.autograd.Function):

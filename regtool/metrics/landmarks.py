@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,17 @@ from regtool.errors import GeometryError
 from regtool.geometry.image import Landmarks, Transform
 from regtool.geometry.sampling import transform_points
 
+WORST = 0.3  # of the landmarks
+
 
 @dataclass(frozen=True)
 class TargetError:
-    """Distances in mm. each: one a landmark, in file order; p95: 95th percentile, linear between ranks."""
+    """Distances in mm. each: one a landmark, in file order; p95: 95th percentile, linear between ranks; worst30: mean of the worst 30 %."""
 
     mean: float
     median: float
     p95: float
+    worst30: float
     each: tuple[float, ...]
 
 
@@ -38,4 +42,10 @@ def tre(fixed: Landmarks, moving: Landmarks, transform: Transform | None = None)
         raise GeometryError(f"the landmarks are {fixed.points.shape[1]}-D but the transform {transform.ndim}-D")
     carried = fixed.points if transform is None else transform_points(transform, fixed.points)
     each = np.linalg.norm(carried - moving.points, axis=1)
-    return TargetError(float(each.mean()), float(np.median(each)), float(np.percentile(each, 95)), tuple(each.tolist()))
+    worst = np.sort(each)[-math.ceil(WORST * len(each)) :]
+    return TargetError(float(each.mean()), float(np.median(each)), float(np.percentile(each, 95)), float(worst.mean()), tuple(each.tolist()))
+
+
+def exchanged(fixed: Landmarks, moving: Landmarks, transform: Transform, found: TargetError) -> bool:
+    """Whether the landmarks look as if those of the fixed image had been given for the moving one: the other way round less than half the error."""
+    return tre(moving, fixed, transform).mean < found.mean / 2

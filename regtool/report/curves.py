@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 
 Row = Mapping[str, float | None]
 
-TITLES = {"similarity": "similarity", "dice": "soft Dice", "tre_voxels": "landmark error, voxels", "folding_percent": "folding, % of the voxels"}
+TITLES = {
+    "similarity": "similarity",
+    "dice": "soft Dice",
+    "tre_voxels": "landmark error, voxels",
+    "epe_voxels": "displacement error, voxels",
+    "folding_percent": "folding, % of the voxels",
+}
 
 
 def curves_png(history: Sequence[Row], title: str) -> bytes:

@@ -11,7 +11,6 @@ import io
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,11 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from regtool.errors import GeometryError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image
+from regtool.report.content import PageContent
 
 Slice = NDArray[np.float32]
-Threshold = tuple[str, float, float, bool]
 
 PNG_BYTES = 2_100_000
 WIDTH, LEFT, GAP, HEAD, FOOT = 2.75, 0.3, 0.06, 0.5, 0.62  # inches
@@ -39,32 +37,7 @@ INK, PAPER = "#e8e8e8", "#101214"
 FOLD, LINE = "#ff2bd6", "#5ee0a0"
 DIFFERENCE = LinearSegmentedColormap.from_list("difference", ["#9be7ff", "#2b8cff", "#0a0a0a", "#ff8a1f", "#ffe9a8"])
 VOLUME = LinearSegmentedColormap.from_list("volume", ["#7fd0ff", "#1f5fbf", "#17191c", "#c46a12", "#ffd27a"])
-COLUMNS = ("fixed", "moving, before", "warped, after", "difference before", "difference after", "deformed grid on fixed", "Jacobian determinant")
-
-
-@dataclass(frozen=True, eq=False)
-class PageContent:
-    """All that the page of one registration shows.
-
-    fixed, moving_before (the moving image resampled on the fixed grid as it came), warped: images on the fixed grid; displacement: mm;
-    determinant: (*shape) of the whole transform; report: the contents of report.json; thresholds: (name, value, limit, passed).
-    """
-
-    title: str
-    fixed: Image
-    moving_before: Image
-    warped: Image
-    displacement: DisplacementField
-    determinant: torch.Tensor
-    report: dict[str, Any]
-    thresholds: list[Threshold]
-
-    def __post_init__(self) -> None:
-        shape = self.fixed.grid.shape
-        parts = {"moving_before": self.moving_before.data[0], "warped": self.warped.data[0], "displacement": self.displacement.data[0]}
-        for name, data in {**parts, "determinant": self.determinant}.items():
-            if tuple(data.shape) != shape:
-                raise GeometryError(f"{name} of shape {tuple(data.shape)} is not on the fixed grid of shape {shape}")
+COLUMNS = ("fixed", "moving, before", "difference before", "warped, after", "difference after", "deformed grid on fixed", "Jacobian determinant")
 
 
 @dataclass(frozen=True)
@@ -92,10 +65,12 @@ class Plane:
 
 
 def qc_png(content: PageContent) -> bytes:
-    """The figure as PNG: one row a plane (axial, coronal, sagittal; a 2-D image has one), seven columns."""
+    """The first frame as PNG: one row a plane (axial, coronal, sagittal; a 2-D image has one), seven columns; fewer where the run failed."""
+    first = content.frames[0] if content.frames else None
+    names = COLUMNS if first and first.warped else COLUMNS[: 3 if first else 1]
     hung = planes(content.fixed)
     heights = [WIDTH * min(max(p.height_mm / p.width_mm, 0.35), 1.6) for p in hung]
-    total = (LEFT + len(COLUMNS) * (WIDTH + GAP), HEAD + sum(heights) + GAP * (len(hung) - 1) + FOOT)
+    total = (LEFT + len(names) * (WIDTH + GAP), HEAD + sum(heights) + GAP * (len(hung) - 1) + FOOT)
 
     def place(column: int, bottom: float, columns: int, height: float) -> tuple[float, float, float, float]:
         """Inches to the fractions of the figure that matplotlib wants: left, bottom, width, height."""
@@ -104,20 +79,23 @@ def qc_png(content: PageContent) -> bytes:
 
     figure = Figure(figsize=total, facecolor=PAPER)
     FigureCanvasAgg(figure)
-    windows = window(content.fixed), window(content.moving_before)
+    moving = [image for image in (first.before, first.warped) if image] if first else []
+    windows = window(content.fixed), window(*moving or [content.fixed])
     top = total[1] - HEAD
     for plane, height in zip(hung, heights, strict=True):
         top -= height
-        panels = [figure.add_axes(place(k, top, 1, height)) for k in range(len(COLUMNS))]
+        panels = [figure.add_axes(place(k, top, 1, height)) for k in range(len(names))]
         figure.text(LEFT / 2 / total[0], (top + height / 2) / total[1], plane.name, color=INK, fontsize=13, rotation=90, ha="center", va="center")
         _row(panels, plane, content, *windows)
         top -= GAP
-    for k, name in enumerate(COLUMNS):
+    for k, name in enumerate(names):
         left, y, width, _ = place(k, total[1] - HEAD / 2, 1, 0)
         figure.text(left + width / 2, y, name, color=INK, fontsize=13, ha="center", va="center")
     percent, ratio = Normalize(-100, 100), LogNorm(0.5, 2)
-    _colourbar(figure, place(3, 0.4, 2, 0.1), DIFFERENCE, percent, "fixed minus moving, % of the grey window", [-100, -50, 0, 50, 100])
-    _colourbar(figure, place(6, 0.4, 1, 0.1), VOLUME, ratio, "volume ratio; pink: folding", [0.5, 0.7, 1, 1.4, 2])
+    if len(names) > 1:
+        _colourbar(figure, place(2, 0.4, 1, 0.1), DIFFERENCE, percent, "fixed minus moving, % of the grey window", [-100, -50, 0, 50, 100])
+    if len(names) == len(COLUMNS):
+        _colourbar(figure, place(6, 0.4, 1, 0.1), VOLUME, ratio, "volume ratio; pink: folding", [0.5, 0.7, 1, 1.4, 2])
     return _encoded(figure)
 
 
@@ -162,10 +140,11 @@ def anatomy(image: Image) -> tuple[int, ...]:
     return tuple(out[::-1])
 
 
-def window(image: Image) -> tuple[float, float]:
-    """Grey window: 0.5th to 99th percentile of a sparse sample, never empty."""
-    sparse = _sparse(image.data[0], [max(1, n // SAMPLES) for n in image.grid.shape])
-    low, high = np.percentile(sparse.float().cpu().numpy(), (0.5, 99))
+def window(*images: Image) -> tuple[float, float]:
+    """One grey window for all: 0.5th to 99.5th percentile of a sparse sample, never empty."""
+    parts = [_sparse(one.data[0], [max(1, n // SAMPLES) for n in one.grid.shape]).float().cpu().numpy().ravel() for one in images]
+    sparse = np.nan_to_num(np.concatenate(parts))
+    low, high = np.percentile(sparse, (0.5, 99.5))
     if high <= low:
         low, high = float(sparse.min()), float(sparse.max())
     return float(low), float(high) if high > low else float(low) + 1.0
@@ -184,17 +163,23 @@ def _encoded(figure: Figure) -> bytes:
 
 def _row(panels: list[Axes], plane: Plane, content: PageContent, window_fixed: tuple[float, float], window_moving: tuple[float, float]) -> None:
     """One plane, column by column."""
-    fixed, before, after = (plane.slice(image.data[0]) for image in (content.fixed, content.moving_before, content.warped))
-    determinant = plane.slice(content.determinant)
-    for panel, data, limits in zip(panels[:3], (fixed, before, after), (window_fixed, window_moving, window_moving), strict=True):
-        _show(panel, plane, data, "gray", Normalize(*limits))
+    fixed = plane.slice(content.fixed.data[0])
     greys = _scaled(fixed, window_fixed)
-    for panel, data in zip(panels[3:5], (before, after), strict=True):
-        _show(panel, plane, greys - _scaled(data, window_moving), DIFFERENCE, Normalize(-1, 1))
-    _show(panels[5], plane, fixed, "gray", Normalize(*window_fixed), dim=0.75)
-    _grid_lines(panels[5], plane, content.displacement)
-    _show(panels[6], plane, determinant, VOLUME, LogNorm(0.5, 2, clip=True))
-    _folds(panels[6], plane, determinant <= 0)
+    _show(panels[0], plane, fixed, "gray", Normalize(*window_fixed))
+    if not content.frames:
+        return
+    first = content.frames[0]
+    for left, image in ((1, first.before), (3, first.warped)):
+        if image is not None:
+            data = plane.slice(image.data[0])
+            _show(panels[left], plane, data, "gray", Normalize(*window_moving))
+            _show(panels[left + 1], plane, greys - _scaled(data, window_moving), DIFFERENCE, Normalize(-1, 1))
+    if first.displacement is not None and first.determinant is not None:
+        _show(panels[5], plane, fixed, "gray", Normalize(*window_fixed), dim=0.75)
+        _grid_lines(panels[5], plane, first.displacement)
+        determinant = plane.slice(first.determinant)
+        _show(panels[6], plane, determinant, VOLUME, LogNorm(0.5, 2, clip=True))
+        _folds(panels[6], plane, determinant <= 0)
 
 
 def _show(panel: Axes, plane: Plane, data: Slice, colours: str | Colormap, norm: Normalize, dim: float = 1.0) -> None:

@@ -9,13 +9,20 @@ from pathlib import Path
 import torch
 
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.fields import JacobianStatistics, jacobian_determinant, jacobian_statistics
+from regtool.geometry.fields import (
+    JacobianStatistics,
+    corner_determinant,
+    jacobian_determinant,
+    jacobian_statistics,
+    nondiffeomorphic_volume_percent,
+)
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Image
+from regtool.geometry.image import Image, Labels
 from regtool.geometry.sampling import stay, warp_labels
-from regtool.io.files import refuse_existing
+from regtool.io.files import atomic, refuse_existing
 from regtool.io.images import check_writable, read_grid, read_labels, write_image
 from regtool.io.transforms import total_displacement
+from regtool.metrics.overlap import BACKGROUND, counts
 from regtool.workflows.warp import read_transforms
 
 LOG_FLOOR = 1e-3  # where space folds there is no logarithm: it is that of this volume ratio
@@ -23,12 +30,16 @@ LOG_FLOOR = 1e-3  # where space folds there is no logarithm: it is that of this 
 
 @dataclass(frozen=True)
 class JacobianResult:
-    """statistics: over the mask; voxels: how many count; output: the image written, or None."""
+    """statistics, nondiffeomorphic_volume_percent: over the mask; voxels: how many count; labels: statistics and voxels by label, within the mask;
+    outputs: the files written.
+    """
 
     statistics: JacobianStatistics
+    nondiffeomorphic_volume_percent: float
     grid: Grid
     voxels: int
-    output: Path | None
+    labels: dict[int, tuple[JacobianStatistics, int]]
+    outputs: tuple[Path, ...]
 
 
 def jacobian(
@@ -37,37 +48,64 @@ def jacobian(
     *,
     like: Path | None = None,
     mask: Path | None = None,
+    labels: Path | None = None,
+    figure: Path | None = None,
     log: bool = False,
     overwrite: bool = False,
 ) -> JacobianResult:
-    """Statistics of `det(I + du/dx)`, in physical space, and the image of it where `output` is named.
+    """Statistics of `det(I + du/dx)`, in physical space, and the image and the figure of it where they are named.
 
     transforms: in the order points travel from fixed to moving; like: the grid to sample on, default the transform's own field's; mask: voxels
-    above zero count (nearest neighbour where it lies on another grid); log: write the natural logarithm, folded voxels at log(0.001).
-    Raises UsageError for an existing output, InputError for an empty mask or a missing grid, GeometryError for other dimensions.
+    above zero count; labels: a map of the fixed image, whose regions are told apart (both with the nearest neighbour where they lie on another grid);
+    log: write the natural logarithm, folded voxels at log(0.001). Raises UsageError for an existing output, InputError for an empty mask or label
+    map or a missing grid, GeometryError for other dimensions.
     """
     if output is not None:
         check_writable(output)
-        refuse_existing([output], overwrite)
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise InputError(f"cannot draw {figure}: figures are .png", tip="name it jacobian.png")
+    refuse_existing([path for path in (output, figure) if path is not None], overwrite)
     grid = read_grid(like) if like is not None else None
     field = total_displacement(read_transforms(transforms, grid), grid)
-    determinant = jacobian_determinant(field)
-    inside = _mask(mask, field.grid) if mask is not None else None
-    statistics = jacobian_statistics(determinant, inside)
+    determinant, corners = jacobian_determinant(field), corner_determinant(field.to_voxels())
+    inside = (_on_grid(mask, field.grid, "mask").data > 0).any(dim=0) if mask is not None else None
+    if inside is not None and not bool(inside.any()):
+        raise InputError(f"the mask {mask} is empty on the transform's grid", tip="it must hold values above zero where the transform is defined")
+    regions = _by_label(_on_grid(labels, field.grid, "label map"), determinant, corners, inside) if labels is not None else {}
+    statistics = jacobian_statistics(determinant, inside, corners)
+    if labels is not None and not regions:
+        raise InputError(f"the label map {labels} is empty on the transform's grid", tip="it must lie where the transform is defined")
     if output is not None:
         values = determinant.clamp(min=LOG_FLOOR).log() if log else determinant
         write_image(Image(values[None], field.grid), output)
-    return JacobianResult(statistics, field.grid, int(inside.sum()) if inside is not None else field.grid.voxels, output)
+    if figure is not None:
+        from regtool.report.jacobian import jacobian_png
+
+        with atomic(figure) as temporary:
+            temporary.write_bytes(jacobian_png(determinant, corners, field.grid, inside))
+    return JacobianResult(
+        statistics,
+        nondiffeomorphic_volume_percent(field, inside),
+        field.grid,
+        int(inside.sum()) if inside is not None else field.grid.voxels,
+        regions,
+        tuple(path for path in (output, figure) if path is not None),
+    )
 
 
-def _mask(path: Path, grid: Grid) -> torch.Tensor:
-    """(*shape) bool on `grid`."""
+def _on_grid(path: Path, grid: Grid, what: str) -> Labels:
     labels = read_labels(path)
     if labels.grid.ndim != grid.ndim:
-        raise GeometryError(f"the mask {path} is {labels.grid.ndim}-D, the transform {grid.ndim}-D")
-    if not labels.grid.same_as(grid):
-        labels = warp_labels(labels, stay(grid.ndim), grid, vote=False)
-    inside = (labels.data > 0).any(dim=0)
-    if not bool(inside.any()):
-        raise InputError(f"the mask {path} is empty on the transform's grid", tip="it must hold values above zero where the transform is defined")
-    return inside
+        raise GeometryError(f"the {what} {path} is {labels.grid.ndim}-D, the transform {grid.ndim}-D")
+    return labels if labels.grid.same_as(grid) else warp_labels(labels, stay(grid.ndim), grid, vote=False)
+
+
+def _by_label(
+    labels: Labels, determinant: torch.Tensor, corners: torch.Tensor, inside: torch.Tensor | None
+) -> dict[int, tuple[JacobianStatistics, int]]:
+    found = labels.data[0] if inside is None else torch.where(inside, labels.data[0], BACKGROUND)
+    out = {}
+    for label, voxels in counts(found.flatten()).items():
+        if label != BACKGROUND:
+            out[label] = (jacobian_statistics(determinant, found == label, corners), voxels)
+    return out

@@ -11,15 +11,15 @@ import torch
 
 from regtool.geometry.fields import invert
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
-from regtool.geometry.sampling import warp_labels
+from regtool.geometry.sampling import transform_points, warp_labels
 from regtool.io.files import explained, sha256, staged_folder, strict_json, write_text
 from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
-from regtool.metrics.landmarks import tre
-from regtool.metrics.overlap import counts, dice
+from regtool.metrics.summary import LABEL_INTERPOLATION, guide_scores
 from regtool.parameters import Quality, dump
-from regtool.report.page import PageContent, qc_html, qc_png
-from regtool.workflows.pair import Clock, Registered
+from regtool.report.page import Frame, LandmarkErrors, PageContent, qc_html, qc_png
+from regtool.report.volumes import display_grid
+from regtool.workflows.pair import Clock, Guides, Registered
 from regtool.workflows.resolve import Resolved
 from regtool.workflows.runtime import peak_memory_mb, versions
 
@@ -37,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything a run found. fixed_source, moving_source: where the images come from, None for images in memory."""
+    """Everything a run found. fixed_source, moving_source: where the images come from, None for images in memory; before: its first transform."""
 
     fixed_source: Path | None
     moving_source: Path | None
@@ -52,23 +52,14 @@ class Outcome:
     warnings: list[str]
     clock: Clock
     started: float
+    guides: Guides
+    before: Transform
 
 
 def evaluated(labels: tuple[Labels, Labels] | None, landmarks: tuple[Landmarks, Landmarks] | None, start: Transform, found: Transform) -> Evaluation:
     """Dice (labels carried with the nearest neighbour) and target registration error before (`start`) and after (`found`)."""
-    before: dict[str, Any] = {}
-    after: dict[str, Any] = {}
-    warped = None
-    if labels is not None:
-        fixed, moving = labels
-        warped = warp_labels(moving, found, fixed.grid, vote=False)
-        present = counts(fixed.data.flatten()).keys() & counts(moving.data.flatten()).keys()
-        for out, carried in ((before, warp_labels(moving, start, fixed.grid, vote=False)), (after, warped)):
-            overlap = dice(fixed, carried, present)
-            out["dice"] = {"mean": overlap.mean, "labels": {str(k): v for k, v in overlap.labels.items()}}
-    if landmarks is not None:
-        for out, transform in ((before, start), (after, found)):
-            out["tre_mm"] = asdict(tre(landmarks[0], landmarks[1], transform))
+    before, _ = guide_scores(labels, landmarks, start, shapes=False)
+    after, warped = guide_scores(labels, landmarks, found, shapes=False)
     return Evaluation(before, after, warped)
 
 
@@ -93,8 +84,8 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         "status": "ok" if all(passed for *_, passed in checks) else "qc_failed",
         "method": parameters.method or "refine",
         "model": _model(outcome.resolved),
-        "fixed": _described(outcome.fixed_source, outcome.fixed),
-        "moving": _described(outcome.moving_source, outcome.moving),
+        "fixed": described(outcome.fixed_source, outcome.fixed),
+        "moving": described(outcome.moving_source, outcome.moving),
         "outputs": {},
         **_found(first),
         "seconds": seconds(outcome),
@@ -119,7 +110,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         report["losses"] = [round(x, 6) for x in first.losses]
     for when, values in (("before", outcome.evaluation.before), ("after", outcome.evaluation.after)):
         if values:
-            report[when] = {**values, "label_interpolation": "nearest"} if "dice" in values else values
+            report[when] = {**values, "label_interpolation": LABEL_INTERPOLATION} if "dice" in values else values
     return report
 
 
@@ -164,20 +155,45 @@ def _write_one(outcome: Outcome, one: Registered, stage: Path, tag: str, report:
 
 
 def _write_page(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], stage: Path) -> None:
-    first = outcome.done[0]
     report["seconds"] = seconds(outcome)
-    title = f"{_name(outcome.moving_source)} to {_name(outcome.fixed_source)}"
-    content = PageContent(title, outcome.fixed, first.start, first.warped, first.displacement, first.determinant, report, checks)
-    png = qc_png(content)
-    with explained(stage):
-        (stage / "qc.png").write_bytes(png)
-        (stage / "qc.html").write_text(qc_html(content, png), encoding="utf-8")
+    frames = tuple(Frame(f"{t}", d.start, d.warped, d.displacement, d.determinant) for t, d in enumerate(outcome.done))
+    title = page_title(outcome.fixed_source, outcome.moving_source)
+    write_page(PageContent(title, outcome.fixed, frames, report, checks, _contours(outcome), _errors(outcome)), stage)
+
+
+def write_page(content: PageContent, folder: Path) -> None:
+    """qc.png and qc.html into an existing folder."""
+    with explained(folder):
+        (folder / "qc.png").write_bytes(qc_png(content))
+        (folder / "qc.html").write_text(qc_html(content), encoding="utf-8")
+
+
+def _contours(outcome: Outcome) -> tuple[Labels, Labels, Labels] | None:
+    """Of the fixed image, and of the moving one before and after."""
+    if outcome.guides.labels is None or outcome.evaluation.warped_labels is None:
+        return None
+    fixed, moving = outcome.guides.labels
+    coarse = display_grid(outcome.fixed.grid)  # a full resampling would take longer than the rest of the page
+    return fixed, warp_labels(moving, outcome.before, coarse, vote=False), outcome.evaluation.warped_labels
+
+
+def _errors(outcome: Outcome) -> LandmarkErrors | None:
+    if outcome.guides.landmarks is None:
+        return None
+    fixed, moving = (one.points for one in outcome.guides.landmarks)
+    before, after = (moving - transform_points(t, fixed) for t in (outcome.before, outcome.done[0].transform))
+    return LandmarkErrors(fixed, before, after)
+
+
+def seconds_of(clock: Clock, total: float) -> dict[str, float]:
+    """By stage; `start` is the time before the workflow began (imports), `total` all of it."""
+    names = ("start", "read", "align", "network", "refine", "warp", "write", "qc")
+    return {**{name: round(clock.seconds.get(name, 0.0), 3) for name in names}, "total": round(total, 3)}
 
 
 def seconds(outcome: Outcome) -> dict[str, float]:
-    """By stage; `start` is the time before the workflow began (imports), `total` all of it."""
-    parts = {name: round(outcome.clock.seconds.get(name, 0.0), 3) for name in ("start", "read", "align", "network", "refine", "warp", "write", "qc")}
-    return {**parts, "total": round(time.perf_counter() - outcome.started, 3)}
+    """Those of a run that is not over yet."""
+    return seconds_of(outcome.clock, time.perf_counter() - outcome.started)
 
 
 def _found(one: Registered) -> dict[str, Any]:
@@ -195,10 +211,16 @@ def _model(resolved: Resolved) -> dict[str, str | None]:
     return {"name": "learned on this pair" if resolved.parameters.method else None, "sha256": None}
 
 
-def _described(source: Path | None, image: Image) -> dict[str, Any]:
+def described(source: Path | None, image: Image) -> dict[str, Any]:
+    """Path, SHA-256, size, spacing (mm) and orientation, as in report.json."""
     shown: DisplacementField | Image = image
     found: dict[str, Any] = {"path": str(source.resolve()), "sha256": sha256(source)} if source is not None else {"path": None}
     return {**found, "size": list(shown.grid.size), "spacing": list(shown.grid.spacing), "orientation": shown.grid.orientation()}
+
+
+def page_title(fixed: Path | None, moving: Path | None) -> str:
+    """`moving.mha to fixed.mha`, without folders."""
+    return " to ".join(source.resolve().name if source is not None else "image in memory" for source in (moving, fixed))
 
 
 def _name(source: Path | None) -> str:

@@ -16,7 +16,7 @@ from regtool.data.preprocess import continued, network_grid, prepared, to_networ
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.fields import JacobianStatistics, jacobian_determinant, jacobian_statistics
+from regtool.geometry.fields import JacobianStatistics, corner_determinant, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
 from regtool.geometry.sampling import displacement_on, grid_points, resample, stay, transform_points, warp, warp_labels
@@ -27,7 +27,7 @@ from regtool.optimise.guard import Stage, objection
 from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
 from regtool.parameters import Grid as GridParameters
-from regtool.parameters import Parameters
+from regtool.parameters import Parameters, Refine
 from regtool.workflows.oneshot import Progress, learn
 from regtool.workflows.planner import Plan, make_plan
 from regtool.workflows.runtime import memory_limit_bytes
@@ -35,7 +35,9 @@ from regtool.workflows.warp import invert_points
 
 log = logging.getLogger("regtool")
 
-ASKED_VOXELS = 100_000  # of the grid on which the relation of intensities is asked
+ASKED_VOXELS = 250_000  # of the grid on which the relation of intensities is asked
+ROUGH_VOXELS = 15_000  # of the grid on which the anatomies are brought together roughly for that
+ROUGH = Refine(iterations=15, levels=2)
 
 
 @dataclass
@@ -136,7 +138,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
         begin = warp(moving, before, fixed.grid, outside, setup.device)
         determinant = jacobian_determinant(displacement)
     mask = None if guides.fixed_mask is None else resample(guides.fixed_mask, fixed.grid, 0.0).data[0] > 0.5
-    found = jacobian_statistics(determinant, mask)
+    found = jacobian_statistics(determinant, mask, corner_determinant(displacement.to_voxels()))
     return Registered(
         course.transform,
         displacement,
@@ -208,9 +210,12 @@ class Course:
     def settle_measure(self) -> None:
         """With the images aligned, `auto` becomes the similarity that suits them; the score is that one's from here on."""
         if self.setup.parameters.measure.name == "auto":
-            coarse = network_grid(self.grid, GridParameters(), ASKED_VOXELS)  # how local correlations come out depends on the size of the voxels
-            images = (self.tensor(self.fixed, stay(coarse.ndim), coarse), self.tensor(self.moving, self.transform, coarse))
-            name, self.modality = similarity_for(*images)
+            rough, asked = (network_grid(self.grid, GridParameters(), n) for n in (ROUGH_VOXELS, ASKED_VOXELS))
+            images = Batch(self.tensor(self.fixed, stay(rough.ndim), rough), self.tensor(self.moving, self.transform, rough))
+            # where folds of one brain lie on those of another, local correlations say nothing of the modality
+            u = refine(images, None, ROUGH, self.measure, rough.spacing).displacement
+            roughly = Transform((DisplacementField.from_voxels(u.cpu(), rough),)).then(self.transform)
+            name, self.modality = similarity_for(self.tensor(self.fixed, stay(asked.ndim), asked), self.tensor(self.moving, roughly, asked))
             self.measure = self.measure.model_copy(update={"name": name})
             self.score = self.measured(self.transform)
 
@@ -280,7 +285,7 @@ def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[Displac
 
 
 def _folding_percent(field: DisplacementField) -> float:
-    return jacobian_statistics(jacobian_determinant(field)).folding_percent
+    return 100 * float((corner_determinant(field.to_voxels()) <= 0).double().mean())
 
 
 def _engine(batch: Batch, setup: Setup) -> tuple[Engine, tuple[float, ...]]:

@@ -10,29 +10,48 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from regtool.data.preprocess import network_grid
+from regtool.data.preprocess import network_grid, prepared_voxels
 from regtool.engines import build
+from regtool.engines._engine import Engine
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Parameters
 
 log = logging.getLogger("regtool")
-BASE = 600 * 2**20  # Python, torch and SimpleITK themselves
+BASE = 440 * 2**20  # Python, torch and SimpleITK themselves
+LEARNING = 60 * 2**20  # what the first gradient loads
 FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
+ALIGNING = 5  # volumes of an image that is scaled and shrunk
+NETWORK = 10  # volumes beside its layers: both images, the field, its repair
+STANDING = 20  # volumes that a network and its field take at least
+FIELD = 8  # volumes a component of the field, while it is refined: itself, its gradients, Adam's moments, the smoothed one, the points it leads to
+MEASURES = {"lncc": 7, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, measured
 
 
 def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: bool) -> int:
-    """Bytes that the network's layers put out for one pair of `shape`, found by running it on the meta device, which computes nothing.
+    """Bytes that the network's layers need for one pair of `shape`, found by running it on the meta device, which computes nothing.
 
-    Training keeps every output and its gradient; inference only the largest few at a time.
+    Training keeps every output and its gradient. Inference has one layer at work at a time; a convolution reorders what it takes and gives.
     """
-    outputs: list[int] = []
-    engine = build(parameters, len(shape)).to("meta")
+    return _layers(_outline(parameters, len(shape)), shape, training)
 
-    def note(_: nn.Module, __: object, output: object) -> None:
+
+def _outline(parameters: Parameters, ndim: int) -> Engine:
+    """The engine with shapes and no numbers."""
+    with torch.device("meta"):
+        return build(parameters, ndim)
+
+
+def _layers(engine: Engine, shape: tuple[int, ...], training: bool) -> int:
+    outputs: list[int] = []
+    at_work: list[int] = []
+
+    def note(layer: nn.Module, taken: tuple[object, ...], output: object) -> None:
         if isinstance(output, torch.Tensor):
             outputs.append(output.numel() * 4)
+            touched = outputs[-1] + sum(x.numel() * 4 for x in taken if isinstance(x, torch.Tensor))
+            at_work.append(touched * (2 if any(p.dim() >= 4 for p in layer.parameters()) else 1))
 
     handles = [m.register_forward_hook(note) for m in engine.modules() if not list(m.children())]
     image = torch.empty(1, 1, *shape, device="meta")
@@ -41,23 +60,28 @@ def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: b
     for handle in handles:
         handle.remove()
     image_bytes = math.prod(shape) * 4
-    if training:  # outputs, their gradients and the work space; the similarity's window means; in every pass that is kept for the gradient
-        return engine.passes * (3 * sum(outputs) + 60 * image_bytes)
-    return sum(sorted(outputs)[-4:]) + 12 * image_bytes
+    if training:  # outputs and their gradients; work space and the similarity; in every pass that is kept for the gradient
+        return engine.passes * (2 * sum(outputs) + 55 * image_bytes)
+    return max(max(at_work, default=0) + NETWORK * image_bytes, STANDING * image_bytes)
 
 
-def training_bytes(parameters: Parameters, shape: tuple[int, ...]) -> int:
-    """Predicted peak of a step of `regtool train` on pairs of `shape`: the process, the weights with gradient and moments, and a batch."""
-    weights = sum(p.numel() for p in build(parameters, len(shape)).parameters())
-    return BASE + 16 * weights + parameters.train.batch_size * activation_bytes(parameters, shape, training=True)
+def training_bytes(parameters: Parameters, shape: tuple[int, ...], engine: Engine | None = None) -> int:
+    """Predicted peak of a step of `regtool train` on pairs of `shape`: the process, the weights with gradient and moments, and a batch.
+
+    engine: the one of `parameters`, where it is built already.
+    """
+    engine = engine or _outline(parameters, len(shape))
+    weights = sum(p.numel() for p in engine.parameters())
+    return BASE + LEARNING + 16 * weights + parameters.train.batch_size * _layers(engine, shape, training=True)
 
 
 def largest_shape(parameters: Parameters, shape: tuple[int, ...], limit_bytes: float) -> tuple[int, ...] | None:
     """The largest shape of the same proportions, not above `shape`, whose training fits into `limit_bytes`; None where nothing does."""
     low, high = 0.0, 1.0
+    engine = _outline(parameters, len(shape))
     for _ in range(12):
         middle = (low + high) / 2
-        fits = training_bytes(parameters, _scaled(shape, middle)) <= limit_bytes
+        fits = training_bytes(parameters, _scaled(shape, middle), engine) <= limit_bytes
         low, high = (middle, high) if fits else (low, middle)
     return _scaled(shape, low) if low > 0 else None
 
@@ -98,42 +122,70 @@ def make_plan(fixed: Grid, moving: Grid, parameters: Parameters, training: bool,
 
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
-    images = BASE + 4 * (fixed.voxels * (8 + 4 * fixed.ndim) + 4 * moving.voxels)
-    needs = [0]
+    images = BASE + 4 * (fixed.voxels + moving.voxels)
+    aligning, warping = 4 * ALIGNING * max(fixed.voxels, moving.voxels), 4 * fixed.voxels * _warping(fixed.ndim, parameters)
+
+    def held(*grids: Grid) -> int:
+        """Both images as they are prepared for these grids, which stay until the end."""
+        return images + 4 * sum(prepared_voxels(own, grid) for own in (fixed, moving) for grid in grids)
+
+    def learning(grid: Grid) -> int:
+        return activation_bytes(parameters, grid.shape, training) + LEARNING * training
+
+    stages = [
+        stage for stage, asked in ((lambda g: _refining(g, parameters), parameters.refine.iterations > 0), (learning, parameters.method)) if asked
+    ]
+    least = network_grid(fixed, GridParameters(max_voxels=64))
+    lowest = held(least, least) + max(aligning, warping, *(stage(least) for stage in stages))
+    if lowest > limit_bytes:
+        raise _too_little(limit_bytes, lowest)
     network = refining = None
+    needs = [aligning, warping]
+    if parameters.refine.iterations > 0:
+        section = GridParameters(max_voxels=parameters.refine.max_voxels)
+        refining = _fitting("refine", fixed, section, None, lambda g: held(g) + max(*needs, _refining(g, parameters)), limit_bytes)
+        needs.append(_refining(refining, parameters))
+    measured = [] if refining is None else [refining]
     if parameters.method is not None:
         finest = FINEST_TRAINED if training and parameters.grid.max_voxels is None else None
-        network, need = _fitting(
-            "network", fixed, parameters.grid, finest, lambda g: activation_bytes(parameters, g.shape, training), images, limit_bytes
-        )
-        needs.append(need)
-    if parameters.refine.iterations > 0:
-        sections = GridParameters(max_voxels=parameters.refine.max_voxels)
-        refining, need = _fitting("refine", fixed, sections, None, lambda g: _refine_bytes(g), images, limit_bytes)
-        needs.append(need)
-    measuring = refining or network or network_grid(fixed, GridParameters(max_voxels=parameters.refine.max_voxels))
-    return Plan(network, refining, measuring, images + max(needs))
+        network = _fitting("network", fixed, parameters.grid, finest, lambda g: held(*measured, g) + max(*needs, learning(g)), limit_bytes)
+        needs.append(learning(network))
+    measuring = refining or network
+    if measuring is None:
+        section = GridParameters(max_voxels=parameters.refine.max_voxels)
+        measuring = _fitting("measuring", fixed, section, None, lambda g: held(g) + max(needs), limit_bytes)
+    return Plan(network, refining, measuring, held(*{measuring, network or measuring}) + max(needs))
 
 
-def _fitting(
-    name: str, fixed: Grid, section: GridParameters, finest: int | None, cost: Callable[[Grid], int], images: int, limit: int
-) -> tuple[Grid, int]:
-    """(grid, bytes beyond `images`)."""
+def _fitting(name: str, fixed: Grid, section: GridParameters, finest: int | None, peak: Callable[[Grid], int], limit: int) -> Grid:
+    """The finest grid not beyond `section` and `finest` whose predicted peak stays within `limit`."""
     grid = first = network_grid(fixed, section, finest)
-    while images + cost(grid) > limit:
-        if grid.voxels <= 64:
-            need = (images + cost(grid)) / 2**30
-            raise OutOfMemory(f"--max-memory {limit / 2**30:.2g} GB is too little: this pair needs {need:.2g} GB at least", tip="give it more memory")
-        grid = network_grid(fixed, section, max(64, int(grid.voxels * 0.8)))
+    while peak(grid) > limit:
+        smaller = network_grid(fixed, GridParameters(), max(64, int(grid.voxels * 0.8)))
+        if smaller.voxels >= grid.voxels:
+            raise _too_little(limit, peak(grid))
+        grid = smaller
     if grid.size != first.size:
         log.warning("%s grid lowered from %s to %s voxels to stay under %.3g GB", name, first.size, grid.size, limit / 2**30)
-    return grid, cost(grid)
+    return grid
+
+
+def _too_little(limit: int, need: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"{limit / 2**30:.3g} GB of memory is too little: this pair needs {math.ceil(need / 2**30 * 100 + 1) / 100:g} GB at least",
+        tip="raise --max-memory where the machine has more; else crop the images, or resample the fixed one to larger voxels",
+    )
+
+
+def _refining(grid: Grid, parameters: Parameters) -> int:
+    name = "lncc" if parameters.measure.name == "auto" else parameters.measure.name  # mi, the other that it may become, needs about as much
+    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + MEASURES[name])
+
+
+def _warping(ndim: int, parameters: Parameters) -> int:
+    """Volumes at the end: the field, the image before and after, the determinants; and the field in voxels, or what ITK makes of it to write it."""
+    return ndim + 3 + (ndim if parameters.run.format == "nii.gz" else 4 * ndim)
 
 
 def _scaled(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:
     return tuple(max(1, int(n * factor)) for n in shape)
-
-
-def _refine_bytes(grid: Grid) -> int:
-    """The raw field, Adam's two moments, gradients and the work space of smoothing and warping: 20 fields; and the similarity's window means."""
-    return grid.voxels * 4 * (20 * grid.ndim + 40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from regtool.io.files import check_folder, refuse_existing
 from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
 from regtool.io.transforms import read_transform
+from regtool.workflows.failure import Known, clear_failure, failure_page
 from regtool.workflows.oneshot import Progress
 from regtool.workflows.outcome import Outcome, evaluated, report_of, thresholds, write_folder
 from regtool.workflows.pair import Clock, Guides, Registered, Setup, register_pair
-from regtool.workflows.resolve import resolve
+from regtool.workflows.resolve import Resolved, resolve
 from regtool.workflows.runtime import configure, gathered_warnings, out_of_memory_explained, pick_device
 
 log = logging.getLogger("regtool")
+Resolver = Callable[[Path | None, tuple[str, ...], int | None], Resolved]
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ class Result:
     report: dict[str, Any]
 
 
-def register(request: Request, progress: Progress | None = None) -> Result:
+def register(request: Request, progress: Progress | None = None, resolver: Resolver = resolve) -> Result:
     """Registers the moving image to the fixed one and writes the output folder, report.json last.
 
-    Raises UsageError, ParameterError (exit 2), InputError, GeometryError, ModelError (3), OutOfMemory (5), OutputError (1), and writes nothing
-    then. A result beyond the `[qc]` thresholds is no exception: `report["status"]` says `qc_failed`.
+    Raises UsageError, ParameterError (exit 2), InputError, GeometryError, ModelError (3), OutOfMemory (5), OutputError (1). Nothing is written then,
+    but for a quality page with what is known where the images had been read. A result beyond the `[qc]` thresholds is no exception:
+    `report["status"]` says `qc_failed`. resolver: `resolve`, or one that remembers.
     """
     started = time.perf_counter() if request.started is None else request.started
     clock = Clock({"start": time.perf_counter() - started})
@@ -73,27 +77,29 @@ def register(request: Request, progress: Progress | None = None) -> Result:
             raise UsageError(f"{request.output} is a file, -o needs a folder", tip="name another output with -o")
         refuse_existing([request.output / "report.json"], request.overwrite)
         check_folder(request.output)
+        clear_failure(request.output)
     with gathered_warnings() as warnings, out_of_memory_explained():
         with clock("read"):
-            fixed, moving = _read_pair(request)
-            labels, landmarks = _labels(request, fixed, moving), _landmarks(request, fixed, moving)
-            masks = _mask(request.fixed_mask, "fixed", fixed, request.fix_header), _mask(request.moving_mask, "moving", moving, request.fix_header)
-            resolved = resolve(request.parameter_file, request.overrides, fixed.grid.ndim)
+            fixed, moving, guides = read_inputs(request)
+            resolved = resolver(request.parameter_file, request.overrides, fixed.grid.ndim)
         run = resolved.parameters.run
         device = pick_device(run.device)
         configure(run.threads, run.seed)
         initial = read_transform(Path(run.initial_transform), fixed.grid) if run.initial_transform else None
         engine = resolved.engine.to(device) if resolved.engine is not None else None
-        done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress), clock, Guides(*masks, labels, landmarks))
+        before = initial or stay(fixed.grid.ndim)
+        sources = _source(request.fixed), _source(request.moving)
+        known = Known(sources, fixed, moving, before, resolved, request.command, warnings, clock, started)
+        with failure_page(known, request.output if run.qc else None), out_of_memory_explained():
+            done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress), clock, guides)
         warped = done[0].warped
         if moving.time is not None:
             frames = [d.warped.data for d in done]
             together = warp(moving, Transform((done[0].displacement,)), fixed.grid, run.outside, device).data if len(done) == 1 else torch.cat(frames)
             warped = Image(together, fixed.grid, moving.time)
-        evaluation = evaluated(labels, landmarks, initial or stay(fixed.grid.ndim), done[0].transform)
+        evaluation = evaluated(guides.labels, guides.landmarks, before, done[0].transform)
         outcome = Outcome(
-            request.fixed if isinstance(request.fixed, Path) else None,
-            request.moving if isinstance(request.moving, Path) else None,
+            *sources,
             fixed,
             moving,
             warped,
@@ -105,6 +111,8 @@ def register(request: Request, progress: Progress | None = None) -> Result:
             warnings,
             clock,
             started,
+            guides,
+            before,
         )
         checks = thresholds(outcome)
         report = report_of(outcome, checks)
@@ -113,9 +121,20 @@ def register(request: Request, progress: Progress | None = None) -> Result:
     return Result(warped, tuple(d.displacement for d in done), tuple(d.transform for d in done), report)
 
 
+def read_inputs(request: Request) -> tuple[Image, Image, Guides]:
+    """Both images, and masks, labels and landmarks where they are given. UsageError, InputError and GeometryError for what does not fit."""
+    fixed, moving = _read_pair(request)
+    masks = _mask(request.fixed_mask, "fixed", fixed, request.fix_header), _mask(request.moving_mask, "moving", moving, request.fix_header)
+    return fixed, moving, Guides(*masks, _labels(request, fixed, moving), _landmarks(request, fixed, moving))
+
+
 def default_output(fixed: Path, moving: Path) -> Path:
     """`<moving>_to_<fixed>` in the working directory, names without their suffixes."""
     return Path.cwd() / f"{_stem(moving)}_to_{_stem(fixed)}"
+
+
+def _source(image: Path | Image) -> Path | None:
+    return image if isinstance(image, Path) else None
 
 
 def _stem(path: Path) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regtool.data.batch import Batch
 from regtool.engines import engine_section
 from regtool.engines._model import save_model
 from regtool.errors import InputError, ParameterError
@@ -17,12 +18,13 @@ from regtool.io.checkpoints import read_checkpoint, write_checkpoint
 from regtool.io.files import atomic, require_file, sha256, strict_json, write_text
 from regtool.parameters import MODEL_SECTIONS, Parameters, dump
 from regtool.report.curves import Row, curves_png
+from regtool.report.pairs import pairs_png
 from regtool.workflows.trainer import Trainer, Validation
 
 log = logging.getLogger("regtool")
 
-MODEL, STATE, HISTORY, CURVES, PARAMETERS, REPORT = (
-    "model.safetensors", "state.safetensors", "history.csv", "curves.png", "parameters.toml", "report.json",
+MODEL, STATE, HISTORY, CURVES, PARAMETERS, REPORT, PAIRS = (
+    "model.safetensors", "state.safetensors", "history.csv", "curves.png", "parameters.toml", "report.json", "pairs.png",
 )  # fmt: skip
 FREE = ("max_minutes", "validation_pairs", "validate_every", "checkpoint_every", "log_every", "tensorboard")  # of [train]: may change on resuming
 
@@ -47,9 +49,9 @@ class RunFolder:
     def __init__(self, folder: Path, parameters: Parameters, identity: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         self.folder, self.parameters, self.identity, self.training = folder, parameters, dict(identity), dict(training)
 
-    def open(self, source: Path) -> None:
-        """Writes the resolved parameters."""
-        opening = f"Repeats this training:\nregtool train {source} -p {PARAMETERS} -o AGAIN"
+    def open(self, source: Path | None) -> None:
+        """Writes the resolved parameters. source: the list of pairs, None for synthetic ones."""
+        opening = f"Repeats this training:\nregtool train {source or '--synthetic'} -p {PARAMETERS} -o AGAIN"
         write_text(self.folder / PARAMETERS, dump(self.parameters, opening, engine_section(self.parameters)))
 
     def save_model(self, trainer: Trainer, progress: Progress) -> None:
@@ -82,6 +84,11 @@ class RunFolder:
         with atomic(self.folder / CURVES) as temporary:
             temporary.write_bytes(curves_png(progress.history, f"{self.parameters.method}, {progress.step} steps"))
 
+    def draw_pairs(self, pairs: Sequence[Batch]) -> None:
+        """The picture of some synthetic pairs."""
+        with atomic(self.folder / PAIRS) as temporary:
+            temporary.write_bytes(pairs_png(pairs, f"the first {len(pairs)} pairs"))
+
     def resume(self, trainer: Trainer) -> Progress:
         """Restores the trainer. InputError for an unreadable state or other lists, ParameterError naming the parameters that have changed."""
         path = self.folder / STATE
@@ -112,11 +119,12 @@ class RunFolder:
     def report(self, progress: Progress, more: Mapping[str, Any]) -> dict[str, Any]:
         """Written as report.json, last."""
         path = self.folder / MODEL
+        drawn = {"pairs": PAIRS} if (self.folder / PAIRS).exists() else {}
         found: dict[str, Any] = {
             "status": "ok",
             "method": self.parameters.method,
             "folder": str(self.folder.resolve()),
-            "outputs": {"model": MODEL, "state": STATE, "history": HISTORY, "curves": CURVES, "parameters": PARAMETERS},
+            "outputs": {"model": MODEL, "state": STATE, "history": HISTORY, "curves": CURVES, "parameters": PARAMETERS, **drawn},
             "model": {"name": self.folder.resolve().name, "sha256": sha256(path)},
             "steps": progress.step,
             "best_step": progress.best_at,
@@ -153,7 +161,7 @@ def numbers(validation: Validation) -> dict[str, float]:
 
 def deciding(parameters: Parameters) -> dict[str, Any]:
     """The parameters that decide which weights a training arrives at, by dotted name."""
-    tables = parameters.model_dump(mode="json", include={*MODEL_SECTIONS, "align", "augment", "train"})
+    tables = parameters.model_dump(mode="json", include={*MODEL_SECTIONS, "align", "augment", "synthesis", "train"})
     free = (*FREE, "steps") if parameters.train.schedule == "constant" else FREE
     found = {"run.seed": parameters.run.seed, "method": tables.pop("method")}
     for section, table in tables.items():

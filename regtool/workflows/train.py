@@ -1,14 +1,15 @@
-"""`regtool train`: a method learns from a list of pairs."""
+"""`regtool train`: a method learns from a list of pairs, or from synthetic ones."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from regtool.data.augment import augmented
 from regtool.data.batch import Batch
 from regtool.data.dataset import Dataset, Order
+from regtool.data.synthesis import synthetic
 from regtool.engines import build, engine_section, read_parameters
-from regtool.errors import OutOfMemory, UsageError
+from regtool.errors import InputError, OutOfMemory, ParameterError, UsageError
 from regtool.geometry.image import Affine, Image
 from regtool.geometry.sampling import stay
 from regtool.io.events import Events
@@ -28,7 +30,7 @@ from regtool.io.pairs import Pairs, read_list, split
 from regtool.optimise.align import align
 from regtool.parameters import Parameters
 from regtool.workflows.planner import check_training, too_large
-from regtool.workflows.run_folder import MODEL, REPORT, STATE, Progress, RunFolder, numbers
+from regtool.workflows.run_folder import MODEL, PAIRS, REPORT, STATE, Progress, RunFolder, numbers
 from regtool.workflows.runtime import configure, gathered_warnings, memory_limit_bytes, out_of_memory_explained, peak_memory_mb, pick_device, versions
 from regtool.workflows.signals import Asked, heeded
 from regtool.workflows.trainer import Ranks, Trainer, joined, spread
@@ -36,13 +38,19 @@ from regtool.workflows.trainer import Ranks, Trainer, joined, spread
 log = logging.getLogger("regtool")
 
 PLANNED_ON = 4  # training pairs whose size is looked at before the first step
+DRAWN = 16  # synthetic pairs in pairs.png
+LEARNING, VALIDATING = 0, 1  # streams of synthetic pairs that have none in common
+SUPERVISED = {"supervision": {"dice": 1.0, "displacement": 0.1}}  # of synthetic pairs, unless told otherwise
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `section.key=value`."""
+    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `section.key=value`.
 
-    data: Path
+    synthetic: instead of data.
+    """
+
+    data: Path | None
     output: Path
     parameter_file: Path | None = None
     overrides: tuple[str, ...] = ()
@@ -53,6 +61,7 @@ class Request:
     overwrite: bool = False
     fix_header: bool = False
     command: str = ""
+    synthetic: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,18 +92,13 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
     with gathered_warnings(once=True) as warnings:
         device = _device(parameters, ranks)
         configure(parameters.run.threads, parameters.run.seed)
-        learning, validating = _lists(request, parameters)
         limit = memory_limit_bytes(parameters.run.max_memory_gb)
-        unsupervised = not any(weight for _, weight in parameters.supervision)
-        source = Dataset(learning, parameters, limit // 4, _aligner(parameters), images_only=unsupervised, fix_header=request.fix_header)
-        held_out = Dataset(validating, parameters, limit // 8, _aligner(parameters), fix_header=request.fix_header)
-        chosen = spread(len(validating), parameters.train.validation_pairs)
-        shapes = [source.sample(i).fixed.shape[2:] for i in spread(len(learning), PLANNED_ON)] + [held_out.sample(i).fixed.shape[2:] for i in chosen]
-        shape = tuple(max(shapes, key=math.prod))
+        feed, held_out = _sources(request, parameters, limit, device)
+        shape = _largest_shape([tuple(pair.fixed.shape[2:]) for part in (feed.some(), held_out.pairs()) for pair in part])
         most = limit if device.type != "cuda" else min(limit, torch.cuda.mem_get_info(device)[0])
         check_training(parameters, shape, most)
-        identity = {"pairs": _fingerprint(learning), "validation pairs": _fingerprint(validating), "processes": ranks.world}
-        told = {"data": request.data.name, "pairs": len(learning), "validation_pairs": len(chosen), "device": str(device)}
+        identity = {"pairs": feed.fingerprint, "validation pairs": held_out.fingerprint, "processes": ranks.world}
+        told = {**feed.told, "validation_pairs": held_out.count, "device": str(device)}
         folder = RunFolder(request.output, parameters, identity, {**told, "seed": parameters.run.seed})
         with _memory_explained(parameters, shape, most), heeded() as asked, joined(ranks, device):
             torch.manual_seed(parameters.run.seed)
@@ -102,10 +106,10 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
             progress = _Course(
                 request,
                 parameters,
-                Trainer(build(parameters, len(shape)), parameters, _Feed(source, learning, parameters), device, ranks),
+                Trainer(build(_learning(parameters, request.synthetic), len(shape)), parameters, feed, device, ranks),
                 folder,
                 watch,
-            ).run(lambda: (held_out.sample(i) for i in chosen), asked)
+            ).run(held_out.pairs, asked)
         more = {"peak_memory_mb": peak_memory_mb(), "versions": versions(), "command": request.command, "warnings": warnings}
         return folder.report(progress, more) if ranks.first else {"status": "ok"}
 
@@ -113,9 +117,14 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
 class _Feed:
     """Pairs in a shuffled order, augmented; each draw has random numbers of its own."""
 
-    def __init__(self, source: Dataset, pairs: Pairs, parameters: Parameters) -> None:
+    def __init__(self, source: Dataset, pairs: Pairs, parameters: Parameters, name: str) -> None:
         self.source, self.pairs, self.augment, self.seed = source, pairs, parameters.augment, parameters.run.seed
         self.order = Order(len(pairs), self.seed)
+        self.fingerprint, self.told = _fingerprint(pairs), {"data": name, "pairs": len(pairs)}
+
+    def some(self) -> Iterator[Batch]:
+        """A few, to see how large they are."""
+        return (self.source.sample(i) for i in spread(len(self.pairs), PLANNED_ON))
 
     def pair(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(hash((self.seed, draw)) % 2**63)
@@ -123,6 +132,37 @@ class _Feed:
 
     def name(self, draw: int) -> str:
         return self.pairs[self.order.index(draw)].id
+
+
+class _SyntheticFeed:
+    """Pairs made when they are asked for, no two alike."""
+
+    fingerprint = "synthetic"
+
+    def __init__(self, parameters: Parameters, device: torch.device) -> None:
+        self.parameters, self.device = parameters, device
+        self.told = {"data": "synthetic images, none of a patient"}
+
+    def some(self) -> Iterator[Batch]:
+        """One tells how large they all are."""
+        yield self.pair(0)
+
+    def pair(self, draw: int) -> Batch:
+        return synthetic(self.parameters.synthesis, self.parameters.preprocess, (self.parameters.run.seed, LEARNING, draw), self.device)
+
+    def name(self, draw: int) -> str:
+        return f"synthetic pair {draw}"
+
+
+class _HeldOut:
+    """The pairs to validate with, the same ones every time."""
+
+    def __init__(self, pair: Callable[[int], Batch], chosen: Sequence[int], fingerprint: str) -> None:
+        self._pair, self._chosen, self.count, self.fingerprint = pair, chosen, len(chosen), fingerprint
+
+    def pairs(self) -> Iterator[Batch]:
+        """One after the other."""
+        return (self._pair(i) for i in self._chosen)
 
 
 class _Course:
@@ -173,9 +213,11 @@ class _Course:
         if self.request.resume:
             log.warning("%s holds no state yet: the training starts from the beginning", self.request.output)
         if self.trainer.ranks.first:
-            for name in (REPORT, STATE, MODEL):
+            for name in (REPORT, STATE, MODEL, PAIRS):
                 (self.request.output / name).unlink(missing_ok=True)
             self.folder.open(self.request.data)
+            if self.request.synthetic:
+                self.folder.draw_pairs([self.trainer.feed.pair(draw) for draw in range(DRAWN)])
             self._validate(held_out)
             self.progress.before = self.progress.latest
             self.progress.best = None
@@ -237,13 +279,27 @@ class _Course:
 
 def _parameters(request: Request) -> Parameters:
     """Resolved, the method's own table included; UsageError without a method."""
-    parameters = read_parameters(request.parameter_file, request.overrides)
+    if request.synthetic == (request.data is not None):
+        raise UsageError("give either a list of pairs or --synthetic", tip="--synthetic makes its own pairs; `regtool train --help` shows both")
+    parameters = read_parameters(request.parameter_file, request.overrides, SUPERVISED if request.synthetic else None)
     own = engine_section(parameters, request.parameter_file, request.overrides)
     if own is None:
         raise UsageError("no method is named to train", tip="name one with -m; `regtool methods` lists them")
     if parameters.run.model is not None:
         raise UsageError("run.model has no meaning in a training", tip="leave it out; --resume goes on with a run")
+    if request.synthetic and not any(weight for _, weight in parameters.supervision) and parameters.synthesis.similarity == 0:
+        raise ParameterError(
+            "supervision.dice, supervision.displacement and synthesis.similarity are all 0: there is nothing to learn from",
+            tip=f"leave them out: {SUPERVISED['supervision']} is usual",
+        )
     return parameters.model_copy(update={"engine": own.model_dump()})
+
+
+def _learning(parameters: Parameters, of_synthetic: bool) -> Parameters:
+    """What the engine learns with. A model file keeps similarity.weight, for whoever goes on with real images."""
+    if not of_synthetic:
+        return parameters
+    return parameters.model_copy(update={"similarity": parameters.similarity.model_copy(update={"weight": parameters.synthesis.similarity})})
 
 
 def _check_output(request: Request) -> None:
@@ -275,13 +331,35 @@ def _device(parameters: Parameters, ranks: Ranks) -> torch.device:
     return device
 
 
-def _lists(request: Request, parameters: Parameters) -> tuple[Pairs, Pairs]:
+def _sources(request: Request, parameters: Parameters, limit_bytes: int, device: torch.device) -> tuple[_Feed | _SyntheticFeed, _HeldOut]:
     """(to learn from, to validate with)."""
-    pairs = read_list(request.data, request.atlas, request.atlas_labels)
-    if request.validation is None:
-        return split(pairs, parameters.train.validation_share, parameters.run.seed)
-    held_out = read_list(request.validation, request.atlas, request.atlas_labels)
-    return pairs, held_out
+    wanted, aligner = parameters.train.validation_pairs, _aligner(parameters)
+    learning = validating = None
+    if request.data is not None:
+        learning = read_list(request.data, request.atlas, request.atlas_labels)
+    if request.validation is not None:
+        validating = read_list(request.validation, request.atlas, request.atlas_labels)
+    elif learning is not None:
+        learning, validating = split(learning, parameters.train.validation_share, parameters.run.seed)
+    if validating is None:
+        made = functools.partial(synthetic, parameters.synthesis, parameters.preprocess, device=device)
+        held_out = _HeldOut(lambda i: made(seed=(parameters.run.seed, VALIDATING, i)), range(wanted), "synthetic")
+    else:
+        kept = Dataset(validating, parameters, limit_bytes // 8, aligner, fix_header=request.fix_header)
+        held_out = _HeldOut(kept.sample, spread(len(validating), wanted), _fingerprint(validating))
+    if learning is None or request.data is None:
+        return _SyntheticFeed(parameters, device), held_out
+    unsupervised = not any(weight for _, weight in parameters.supervision)
+    source = Dataset(learning, parameters, limit_bytes // 4, aligner, images_only=unsupervised, fix_header=request.fix_header)
+    return _Feed(source, learning, parameters, request.data.name), held_out
+
+
+def _largest_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Of the pairs. InputError where some are 2-D and some 3-D."""
+    found = sorted({len(shape) for shape in shapes})
+    if len(found) > 1:
+        raise InputError("the pairs to learn from and those to validate with are of unequal dimension", tip="see --validation and synthesis.size")
+    return max(shapes, key=math.prod)
 
 
 def _fingerprint(pairs: Pairs) -> str:

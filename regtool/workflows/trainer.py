@@ -26,7 +26,7 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import SIMILARITIES
-from regtool.losses.supervision import landmark_distance, soft_dice
+from regtool.losses.supervision import displacement_error, landmark_distance, soft_dice
 from regtool.parameters import Measure, Parameters
 
 LOWEST_RATE = 0.01  # of the cosine schedule, as a part of the highest
@@ -36,7 +36,7 @@ class Feed(Protocol):
     """An endless stream of single pairs, augmented; the same draw is always the same pair."""
 
     def pair(self, draw: int) -> Batch:
-        """One pair, N = 1, on the CPU."""
+        """One pair, N = 1, on any device."""
 
     def name(self, draw: int) -> str:
         """The id of that pair."""
@@ -60,7 +60,7 @@ class Validation:
     """Means over the validation pairs, on the network's grid.
 
     similarity: as `[measure]` says, for auto as `[similarity]`; objective: the sum of the terms a network lowers, without supervision; dice: soft, of
-    linearly warped labels; tre_voxels: of landmarks; both None where no pair has any.
+    linearly warped labels; tre_voxels: of landmarks; epe_voxels: of a known displacement; these None where no pair has any.
     """
 
     similarity: float
@@ -68,6 +68,7 @@ class Validation:
     folding_percent: float
     dice: float | None
     tre_voxels: float | None
+    epe_voxels: float | None = None
 
     @property
     def score(self) -> float:
@@ -250,12 +251,14 @@ def measured(engine: Engine, pair: Batch, measure: Measure, precision: torch.aut
     alike = float(SIMILARITIES[measure.name](pair.fixed, warped, measure, pair.fixed_mask))
     objective = sum(float(term) for name, term in engine.registration_losses(pair, u).items() if name not in dict(engine.supervision))
     field = DisplacementField.from_voxels(u.cpu(), Grid.regular(tuple(u.shape[2:])))
-    dice = tre = None
+    dice = tre = epe = None
     if pair.fixed_labels is not None and pair.moving_labels is not None and bool((pair.fixed_labels != 0).any()):
         dice = float(soft_dice(pair.fixed_labels, pair.moving_labels, u))
     if any(p is not None for p in pair.fixed_points):
         tre = float(landmark_distance(pair.fixed_points, pair.moving_points, u))
-    return Validation(alike, objective, jacobian_statistics(jacobian_determinant(field)).folding_percent, dice, tre)
+    if pair.displacement is not None:
+        epe = float(displacement_error(pair.displacement, u))
+    return Validation(alike, objective, jacobian_statistics(jacobian_determinant(field)).folding_percent, dice, tre, epe)
 
 
 def mean_of(found: Sequence[Validation]) -> Validation:
@@ -265,10 +268,8 @@ def mean_of(found: Sequence[Validation]) -> Validation:
         there = [v for v in values if v is not None]
         return sum(there) / len(there) if there else None
 
-    columns = [mean(column) for column in zip(*((v.similarity, v.objective, v.folding_percent, v.dice, v.tre_voxels) for v in found), strict=True)]
-    similarity, objective, folding, dice, tre = columns
-    assert similarity is not None and objective is not None and folding is not None
-    return Validation(similarity, objective, folding, dice, tre)
+    means = {name: mean([getattr(v, name) for v in found]) for name in Validation.__dataclass_fields__}
+    return Validation(**means)  # type: ignore[arg-type]  # the first three are there in every one
 
 
 def spread(n: int, wanted: int) -> list[int]:

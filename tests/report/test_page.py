@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html.parser
+import io
+import json
+import re
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from regtool.errors import GeometryError
 from regtool.geometry.fields import jacobian_determinant
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image
+from regtool.geometry.image import DisplacementField, Image, Labels
 from regtool.report.figures import anatomy, planes, window
-from regtool.report.page import PageContent, displacement_length, number, qc_html, qc_png
+from regtool.report.page import Frame, LandmarkErrors, PageContent, number, qc_html, qc_png
+from regtool.report.volumes import FRAMES, display_grid, sheet, shrunk
 from tests.conftest import random_grid, random_image, smooth_field
 
 REPORT = {
@@ -29,6 +36,10 @@ REPORT = {
         {"name": "align", "kept": True, "seconds": 0.5, "similarity": 0.2},
         {"name": "network", "kept": False, "seconds": 1.5, "similarity": 0.1},
     ],
+    "displacement_mm": {"mean": 1.25, "max": 4.5},
+    "before": {"dice": {"mean": 0.5, "labels": {"1": 0.5}}, "tre_mm": {"mean": 9.0, "median": 9.0, "p95": 9.0, "each": [9.0]}, "ncc": 0.25},
+    "after": {"dice": {"mean": 0.75, "labels": {"1": 0.75}}, "tre_mm": {"mean": 1.5, "median": 1.5, "p95": 1.5, "each": [1.5]}, "ncc": 0.875},
+    "losses": [3.0, 2.0, 1.0, float("nan"), 0.5],
     "seconds": {"read": 0.25, "total": 7.5},
     "peak_memory_mb": 812.0,
     "device": "cpu",
@@ -39,13 +50,35 @@ REPORT = {
 }
 
 
-def content(grid: Grid, title: str = "moving to fixed", report: dict | None = None, **changes: object) -> PageContent:
+def frame(grid: Grid, seed: int = 2, name: str = "0") -> Frame:
     field = smooth_field(grid, 1.0, seed=1)
-    parts = {"fixed": random_image(grid, 1), "moving_before": random_image(grid, 2), "warped": random_image(grid, 3), "displacement": field}
+    return Frame(name, random_image(grid, seed), random_image(grid, seed + 1), field, jacobian_determinant(field))
+
+
+def content(
+    grid: Grid, title: str = "moving to fixed", report: dict | None = None, frames: tuple[Frame, ...] | None = None, **more: object
+) -> PageContent:
     thresholds = [("max_folding_percent", 0.125, 0.1, False), ("min_similarity_gain", 0.44, 0.1, True)]
+    frames = (frame(grid),) if frames is None else frames
     return PageContent(
-        **({"title": title, **parts, "determinant": jacobian_determinant(field), "report": report or {}, "thresholds": thresholds} | changes)
+        **({"title": title, "fixed": random_image(grid, 1), "frames": frames, "report": report or {}, "thresholds": thresholds} | more)
     )
+
+
+def carried(page: str) -> dict:
+    """What the page gives its viewer."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found.group(1))
+
+
+def tiles(url: str, size: list[int]) -> np.ndarray:
+    """The volume (z, y, x) of a sheet of tiles, as the viewer reads it."""
+    x, y, z = (*size, 1)[:3]
+    picture = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(url.split("base64,")[1]))))
+    width, height = -(-x // 8) * 8, -(-y // 8) * 8
+    columns = picture.shape[1] // width
+    return np.stack([picture[k // columns * height :, k % columns * width :][:y, :x] for k in range(z)])
 
 
 class Tags(html.parser.HTMLParser):
@@ -56,7 +89,7 @@ class Tags(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:  # noqa: ARG002
         self.seen.append(tag)
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -69,22 +102,147 @@ def test_picture(ndim: int, orientation: str) -> None:
 
 
 def test_page_says_everything_and_escapes_it() -> None:
-    page = qc_html(content(Grid.regular((12, 10, 8)), title="<img src=x onerror=alert(1)>", report=REPORT), b"png")
+    grid = Grid.regular((12, 10, 8))
+    errors = LandmarkErrors(np.array([[1.0, 2.0, 3.0]]), np.array([[9.0, 0.0, 0.0]]), np.array([[0.0, 1.5, 0.0]]))
+    page = qc_html(content(grid, title="<img src=x onerror=alert(1)></script>", report=REPORT, landmarks=errors))
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
-    assert tags.seen.count("script") == 0
-    assert tags.seen.count("img") == 1
-    numbers = ["0.1234 → 0.5678", "0.125 %", "rolled back, similarity 0.1", "kept, similarity 0.2", "7.5 s", "812 MB", "0123456789ab", "10 × 20 × 30"]
-    words = ["quality control failed", "FAIL", "pass", "prefers-color-scheme"]
+    assert tags.seen.count("script") == 2  # the data and the viewer
+    assert "img" not in tags.seen
+    numbers = [
+        "0.1234",
+        "0.5678",
+        "0.125 %",
+        "at most 0.1 %",
+        "at least 0.1",
+        "7.5 s",
+        "812 MB",
+        "0123456789ab",
+        "10 × 20 × 30",
+        "0.75",
+        "1.5 mm",
+        "0.875",
+        "4.5 mm",
+    ]
+    words = [
+        "Quality control failed",
+        "folding: 0.125 %, should be at most 0.1 %",
+        "rolled back",
+        "kept",
+        "global correlation",
+        "<polyline",
+        'data-landmark="0"',
+    ]
     escaped = ["a &lt;b&gt;strange&lt;/b&gt; header", "&lt;script&gt;alert(1)&lt;/script&gt;.nii", "&#39;a b.nii&#39;"]
     for text in numbers + words + escaped:
         assert text in page, text
-    assert "http" not in page.split("base64,")[0]
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+def test_only_our_own_script_may_run_and_nothing_is_fetched() -> None:
+    page = qc_html(content(Grid.regular((12, 10))))
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    script = re.search(r"<script>(.*)</script>", page, re.DOTALL)
+    assert policy and script
+    digest = base64.b64encode(hashlib.sha256(script.group(1).encode()).digest()).decode()
+    assert policy.group(1) == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def test_page_of_an_empty_report() -> None:
-    assert "displacement, mean" in qc_html(content(Grid.regular((12, 10))), b"png")
+    page = qc_html(content(Grid.regular((12, 10)), thresholds=[]))
+    assert "no thresholds were set" in page
+    assert page == qc_html(content(Grid.regular((12, 10)), thresholds=[]))
+
+
+@pytest.mark.parametrize("known", ["both images", "the fixed image"])
+def test_page_of_a_failed_run(ndim: int, known: str) -> None:
+    grid = Grid.regular((12, 10, 8)[:ndim])
+    report = {"status": "failed", "error": {"what": "no <overlap>", "tip": "look at it"}}
+    made = content(grid, report=report, frames=(Frame("0", random_image(grid, 2)),) if known == "both images" else (), thresholds=[])
+    page = qc_html(made)
+    for text in ("The run failed", "no &lt;overlap&gt;", "tip: look at it"):
+        assert text in page
+    assert [sorted(f) for f in carried(page)["frames"]] == ([["before", "name"]] if known == "both images" else [])
+    assert qc_png(made).startswith(b"\x89PNG")
+
+
+def test_viewer_gets_the_images_as_they_are(ndim: int, orientation: str) -> None:
+    """Grey values within what JPEG loses, labels exactly, folds where they are, vectors in voxels of the picture."""
+    grid = random_grid(ndim, orientation, seed=4)
+    ramp = torch.linspace(0, 255, grid.size[0]).expand(1, *grid.shape).contiguous()
+    image = Image(ramp, grid)
+    determinant = torch.ones(grid.shape)
+    fold = tuple(n // 2 for n in grid.shape)
+    determinant[fold] = -0.5
+    field = DisplacementField(
+        torch.as_tensor(grid.rotation[:, 0], dtype=torch.float32).reshape(-1, *[1] * ndim).expand(ndim, *grid.shape) * 0.5, grid
+    )
+    labels = Labels(torch.randint(0, 3, (1, *grid.shape)) * 1000, grid)
+    points = grid.to_physical(np.array([[1.0, 2.0, 3.0][:ndim]]))
+    errors = LandmarkErrors(points, grid.rotation[:, 1][None] * 4, grid.rotation[:, 0][None] * 2)
+    made = content(grid, frames=(Frame("0", image, image, field, determinant),), labels=(labels, labels, labels), landmarks=errors, fixed=image)
+    data = carried(qc_html(made))
+    shape = grid.shape if ndim == 3 else (1, *grid.shape)
+    low, high = window(image)
+    expected = ((ramp[0].numpy() - low) / (high - low) * 255).clip(0, 255).reshape(shape)
+    assert np.abs(tiles(data["fixed"], data["size"]).astype(float) - expected).max() < 6
+    assert data["names"] == ["1000", "2000"]
+    assert np.array_equal(tiles(data["labels_warped"], data["size"]).astype(int) * 1000, labels.data[0].numpy().reshape(shape))
+    found = np.argwhere(tiles(data["frames"][0]["folds"], data["size"]))
+    assert found.tolist() == [[*[0] * (3 - ndim), *fold]]
+    lattice = data["frames"][0]["field"]
+    u = np.frombuffer(base64.b64decode(lattice["data"]), "<i2").reshape(ndim, -1) * lattice["scale"]
+    assert np.allclose(u[0], 0.5, atol=1e-4)
+    assert np.allclose(u[1:], 0, atol=1e-4)
+    vector = data["landmarks"][0]
+    assert np.allclose(vector["at"], [1, 2, 3][:ndim], atol=1e-3)
+    assert np.allclose(vector["before"][:2], [0, 4], atol=1e-3)
+    assert np.allclose(vector["after"][:2], [2, 0], atol=1e-3)
+
+
+def test_a_shift_of_all_points_is_left_out_of_the_grid() -> None:
+    grid = Grid.regular((10, 12))
+    field = DisplacementField(torch.tensor([30.0, 40.0]).reshape(2, 1, 1).expand(2, *grid.shape), grid)
+    lattice = carried(qc_html(content(grid, frames=(Frame("0", random_image(grid, 2), random_image(grid, 3), field, torch.ones(grid.shape)),))))[
+        "frames"
+    ][0]["field"]
+    assert lattice["shift"] == pytest.approx(50)
+    assert not any(base64.b64decode(lattice["data"]))
+
+
+def test_few_time_points_of_many_are_shown() -> None:
+    grid = Grid.regular((9, 10, 8))
+    data = carried(qc_html(content(grid, frames=tuple(frame(grid, t, str(t)) for t in range(25)))))
+    assert len(data["frames"]) == FRAMES
+    assert [data["frames"][k]["name"] for k in (0, -1)] == ["0", "24"]
+
+
+def test_coarsening_is_a_mean_of_areas() -> None:
+    data = torch.as_tensor(np.random.default_rng(0).random((1, 8, 9, 10)), dtype=torch.float32)
+    expected = data.numpy()[0].reshape(4, 2, 3, 3, 5, 2).mean(axis=(1, 3, 5))
+    assert np.allclose(shrunk(data, (4, 3, 5))[0].numpy(), expected, atol=1e-6)
+    spot = torch.zeros(1, 11, 13)
+    for at in np.ndindex(11, 13):
+        spot.zero_()[(0, *at)] = 1
+        assert float(shrunk(spot, (7, 5)).sum()) > 0  # a fold is never lost
+
+
+def test_display_grid_covers_the_same_block() -> None:
+    grid = Grid((512, 512, 60), (0.5, 0.5, 3.0), (1.0, 2.0, 3.0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    small = display_grid(grid, 1_000_000)
+    assert small.voxels <= 1_000_000
+    assert small.size[2] == 60  # the coarse axis stays as it is
+    assert np.allclose(small.extent, grid.extent)
+    assert np.allclose(small.corners, grid.corners)
+
+
+def test_tiles_fill_whole_blocks() -> None:
+    volume = np.arange(5 * 9 * 11, dtype=np.uint8).reshape(5, 9, 11)
+    picture = sheet(volume)
+    assert picture.shape[0] % 16 == 0 and picture.shape[1] % 16 == 0
+    assert np.array_equal(picture[:9, :11], volume[0])
 
 
 @pytest.mark.parametrize("flip", [(1, 1, 1), (-1, -1, 1), (-1, 1, -1)])
@@ -136,24 +294,31 @@ def test_grey_window_is_never_empty() -> None:
     assert window(Image(torch.full((1, 4, 4), 7.0), Grid.regular((4, 4)))) == (7.0, 8.0)
 
 
-def test_displacement_length_and_numbers() -> None:
-    grid = Grid.regular((2, 2))
-    field = DisplacementField(torch.tensor([[[3.0, 0], [0, 0]], [[4.0, 0], [0, 1]]]), grid)
-    assert displacement_length(field) == (pytest.approx(1.5), pytest.approx(5.0))
+def test_numbers() -> None:
     assert [number(x) for x in (0.123456, 12, 123456.7, None, float("nan"), "a")] == ["0.1235", "12", "123457", "none", "nan", "a"]
 
 
 def test_parts_on_other_grids_are_refused() -> None:
+    grid = Grid.regular((12, 10))
     with pytest.raises(GeometryError, match="warped of shape"):
-        content(Grid.regular((12, 10)), warped=random_image(Grid.regular((12, 11)), 0))
+        content(grid, frames=(Frame("0", random_image(grid, 0), random_image(Grid.regular((12, 11)), 0)),))
 
 
 @pytest.mark.slow
-def test_large_pair_is_small_and_quick() -> None:
+@pytest.mark.parametrize("kind", ["smooth", "noise"])
+def test_large_pair_is_small_and_quick(kind: str) -> None:
     grid = Grid.regular((256, 256, 256))
-    image = Image(torch.randn(1, *grid.shape), grid)
-    made = PageContent("noise", image, image, image, DisplacementField(torch.randn(3, *grid.shape), grid), torch.rand(grid.shape), {}, [])
-    start = time.perf_counter()
-    page = qc_html(made, qc_png(made))
-    assert time.perf_counter() - start < 3
+    random = (
+        torch.randn(1, *grid.shape)
+        if kind == "noise"
+        else torch.nn.functional.interpolate(torch.randn(1, 1, 32, 32, 32), grid.shape, mode="trilinear")[0]
+    )
+    image = Image(random, grid)
+    labels = Labels((random > 0).long() + (random > 1), grid)
+    field = DisplacementField(random.expand(3, *grid.shape).contiguous(), grid)
+    made = PageContent("large", image, (Frame("0", image, image, field, 1 + random[0]),), {}, [], (labels, labels, labels))
+    start = time.process_time()
+    page = qc_html(made)
+    qc_png(made)
+    assert time.process_time() - start < 6  # 3 s on two cores
     assert len(page) < 3_000_000

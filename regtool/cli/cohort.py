@@ -1,0 +1,241 @@
+"""`regtool cohort PAIRS.csv -o DIR`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from regtool.cli.console import clock, emit, logs, stderr
+from regtool.cli.options import (
+    OUTPUT,
+    RUN,
+    Align,
+    Device,
+    FixHeader,
+    Format,
+    InitialTransform,
+    Inverse,
+    Json,
+    MaxMemory,
+    Method,
+    Model,
+    Overwrite,
+    ParameterFile,
+    Qc,
+    Quiet,
+    Refine,
+    Seed,
+    Set,
+    Similarity,
+    Threads,
+    Time,
+    Verbose,
+    settings,
+)
+from regtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from regtool.workflows.cohort import Moment
+
+PAIRS = "Pairs"
+LATEST = 5  # pairs that the table on a terminal shows below those running
+STYLES = {"ok": "green", "qc_failed": "yellow", "failed": "red"}
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise UsageError(f"--shard {text}: expected i/n with i from 1 to n", tip="--shard 2/8 takes the second of eight parts")
+    return part, parts
+
+
+def cohort(
+    pairs: Annotated[
+        Path | None,
+        typer.Argument(help="PAIRS.csv (fixed,moving,…), or with --template a list of images or a folder.", metavar="PAIRS.csv", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the cohort: DIR/ID/ for each pair.", metavar="DIR", rich_help_panel=OUTPUT)
+    ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option("--template", help="The fixed image of every pair.", metavar="FILE", rich_help_panel=PAIRS, show_default=False),
+    ] = None,
+    bids_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--bids-dir", help="A BIDS dataset: its subjects are brought onto the template.", metavar="DIR", rich_help_panel=PAIRS, show_default=False
+        ),
+    ] = None,
+    ending: Annotated[str, typer.Option("--suffix", help="With --bids-dir: which images.", metavar="T1w", rich_help_panel=PAIRS)] = "T1w",
+    shard: Annotated[
+        str, typer.Option("--shard", help="Only the i-th of n parts, for job arrays; all may write to one DIR.", metavar="i/n", rich_help_panel=PAIRS)
+    ] = "1/1",
+    fix_header: FixHeader = False,
+    method: Method = None,
+    model: Model = None,
+    parameter_file: ParameterFile = None,
+    overrides: Set = None,
+    align: Align = None,
+    initial_transform: InitialTransform = None,
+    similarity: Similarity = None,
+    refine: Refine = None,
+    inverse: Inverse = None,
+    image_format: Format = None,
+    time: Time = None,
+    qc: Qc = None,
+    bids: Annotated[
+        bool | None,
+        typer.Option("--bids/--no-bids", help="Name outputs as BIDS derivatives; with --bids-dir the default.", rich_help_panel=OUTPUT),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Pairs at a time.", min=1, max=1024, rich_help_panel=RUN)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: finished pairs whose files are unchanged stay.", rich_help_panel=RUN)] = False,
+    retry: Annotated[int, typer.Option("--retry", help="Times that a pair which crashed is tried again.", min=0, max=100, rich_help_panel=RUN)] = 0,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", help="Give a pair up after so long.", metavar="SECONDS", min=1.0, rich_help_panel=RUN, show_default=False),
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast/--keep-going", help="End with the first pair that fails.", rich_help_panel=RUN)] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", help="Register on the Dask cluster behind it.", metavar="ADDRESS", rich_help_panel=RUN, show_default=False),
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> int:
+    """Register every pair of a list, each in a process of its own: a broken file or a crash costs that pair alone.
+
+    DIR gets a folder for each pair, as `register` writes it, results.csv with a row for each, and cohort.html: summary, box plots, outliers. Threads,
+    memory and GPUs are divided between --jobs. Ctrl-C keeps what is finished; `--resume` goes on. The exit code is that of the worst pair: 1
+    (crashed), 5, 2, 3, 4 or 0.
+
+    `regtool cohort pairs.csv -m voxelmorph --model brain.safetensors -o results --jobs 4`
+
+    `regtool cohort pairs.csv -o results --resume --shard $SLURM_ARRAY_TASK_ID/8`
+
+    `regtool cohort --bids-dir study --template MNI152.nii.gz -o study/derivatives/regtool`
+    """
+    logs(-1 if quiet else verbose)
+    if output is None:
+        raise UsageError("the output folder is missing", tip="-o DIR")
+    if resume and overwrite:
+        raise UsageError("--resume keeps what is finished, --overwrite does not", tip="choose one of them")
+    part = _shard(shard)
+    given = settings(method, model, align, initial_transform, similarity, refine, inverse, image_format, time, device, threads, max_memory, seed, qc)
+    from regtool.workflows.cohort import Request
+    from regtool.workflows.cohort import cohort as work
+
+    request = Request(
+        pairs,
+        output,
+        parameter_file,
+        (*(overrides or ()), *given),
+        template,
+        bids_dir,
+        ending,
+        bids if bids is not None else bids_dir is not None,
+        jobs,
+        resume,
+        overwrite,
+        part,
+        retry,
+        timeout,
+        fail_fast,
+        scheduler,
+        fix_header,
+        shlex.join(["regtool", *sys.argv[1:]]),
+    )
+    with _view(quiet) as watch:
+        report = work(request, watch)
+    emit(report, _summary(report, output), as_json)
+    return int(report["exit_code"])
+
+
+def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+    counts = [f"{report['ok']} ok"]
+    words = {"qc_failed": "failed quality control", "failed": "failed", "not_run": "not run", "skipped": "of all were finished before"}
+    counts += [f"{report[key]} {text}" for key, text in words.items() if report[key]]
+    rows = [("pairs", f"{report['pairs']}: {', '.join(counts)}")]
+    if "pairs_per_minute" in report:
+        rows.append(("speed", f"{report['pairs_per_minute']:.1f} pairs a minute, {clock(report['seconds'])} in all"))
+    rows += [(one["id"], one.get("error", "")) for one in report["not_good"][:LATEST]]
+    more = len(report["not_good"]) - LATEST
+    rows += [("", f"and {more} more")] if more > 0 else []
+    return [*rows, ("table", str(output / report["outputs"]["results"])), ("page", str(output / report["outputs"]["page"]))]
+
+
+@contextlib.contextmanager
+def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
+    """A table that renews itself on a terminal, a line for each pair elsewhere, nothing when quiet."""
+    if quiet:
+        yield None
+        return
+    if not stderr.is_terminal:
+
+        def line(moment: Moment) -> None:
+            if moment.fresh is not None:
+                left = "" if moment.seconds_left is None or moment.done + moment.skipped == moment.total else f", {clock(moment.seconds_left)} left"
+                stderr.print(escape(f"[{moment.done + moment.skipped}/{moment.total}] {moment.fresh['id']}: {_outcome(moment.fresh)}{left}"))
+
+        yield line
+        return
+    from rich.live import Live
+
+    latest: list[Mapping[str, Any]] = []
+    with Live(console=stderr, refresh_per_second=4) as live:
+
+        def update(moment: Moment) -> None:
+            if moment.fresh is not None:
+                latest.append(moment.fresh)
+            live.update(_table(moment, latest[-LATEST:]))
+
+        yield update
+
+
+def _table(moment: Moment, latest: list[Mapping[str, Any]]) -> Table:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    done = moment.done + moment.skipped
+    counts = [f"{done} of {moment.total}"] + [f"{n} {what}" for n, what in ((moment.failed, "failed"), (moment.skipped, "finished before")) if n]
+    table.add_row("pairs", ", ".join(counts))
+    table.add_row("", ProgressBar(total=moment.total, completed=done, width=40))
+    left = "" if moment.seconds_left is None else f", {clock(moment.seconds_left)} left"
+    table.add_row("speed", f"{moment.pairs_per_minute:.1f} pairs a minute{left}")
+    for name, seconds in moment.running.items():
+        table.add_row("now", f"{escape(name)}  {seconds:.0f} s")
+    for row in reversed(latest):
+        style = STYLES.get(row["status"], "dim")
+        table.add_row("", f"[dim]{escape(row['id'])}[/dim]  [{style}]{escape(_outcome(row))}[/{style}]")
+    return table
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    """`ok, lncc 0.21 to 0.60, Dice 0.71 to 0.86, 0.8 s`."""
+    parts = [row["status"].replace("_", " ")]
+    if row["status"] == "failed":
+        return f"FAILED: {row.get('error', '')}"
+    for column, name, unit in (("similarity", row.get("similarity", ""), ""), ("dice", "Dice", ""), ("tre_mm", "landmarks", " mm")):
+        if f"{column}_after" in row:
+            parts.append(f"{name} {row[f'{column}_before']:.3g} to {row[f'{column}_after']:.3g}{unit}")
+    return ", ".join([*parts, *([row["error"]] if row.get("error") else []), f"{row['seconds']:.1f} s"])

@@ -1,0 +1,219 @@
+"""`regtool evaluate`: how good a registration is, or every one of a cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from regtool.cli.console import emit, logs, stderr
+from regtool.cli.options import EXTRA, IMAGES, FixedOption, FixHeader, Json, MovingOption, Overwrite, Quiet, Verbose, pair
+
+COHORT = "Cohort"
+WORST = 5  # cases that the table names
+LABELS = 12  # labels that the table names one by one
+HEADLINES = (  # what the table shows, of all that is in the JSON
+    ("dice", "Dice", ""), ("hd95_mm", "HD95", " mm"), ("sd95_mm", "95 % surface distance, pooled", " mm"), ("assd_mm", "ASSD", " mm"),
+    ("masd_mm", "mean surface distance", " mm"), ("major_axis_difference_mm", "major axis, difference", " mm"),
+    ("minor_axis_difference_mm", "minor axis, difference", " mm"), ("hd95_voxels", "HD95", " voxels"), ("tre_mm", "landmark error", " mm"),
+    ("tre_mm.median", "  median", " mm"), ("tre_mm.p95", "  95 %", " mm"), ("tre_mm.worst30", "  worst 30 %", " mm"), ("ncc", "NCC", ""),
+    ("lncc", "LNCC", ""), ("mi", "mutual information", " nats"), ("ssim", "SSIM", ""), ("mad_intensity", "intensity difference (MAD)", ""),
+    ("rmse_percent", "RMSE", " %"), ("nmse", "NMSE there and back", ""), ("inverse_consistency_mm", "inverse consistency", " mm"),
+    ("jacobian.min", "Jacobian, least", ""), ("jacobian.max", "Jacobian, largest", ""), ("jacobian.folding_percent", "folding", " %"),
+    ("nondiffeomorphic_volume_percent", "non-diffeomorphic volume", " %"), ("jacobian.sd_log", "SD of log Jacobian", ""),
+    ("sdlogj", "SDlogJ", ""), ("num_foldings", "number of foldings", ""),
+)  # fmt: skip
+
+
+def evaluate(
+    fixed: Annotated[
+        Path | None,
+        typer.Argument(metavar="FIXED|PAIRS.csv", help="The image that stays; or a list of pairs, as `cohort` takes it.", show_default=False),
+    ] = None,
+    moving: Annotated[Path | None, typer.Argument(help="The image that is brought onto it.", show_default=False)] = None,
+    fixed_option: FixedOption = None,
+    moving_option: MovingOption = None,
+    transform: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--transform",
+            "-t",
+            metavar="FILE",
+            help="From fixed to moving, any format or folder that `warp` takes; may be repeated. Left out: only the state before.",
+            rich_help_panel=IMAGES,
+            show_default=False,
+        ),
+    ] = None,
+    inverse: Annotated[
+        Path | None,
+        typer.Option(
+            "--inverse-transform",
+            metavar="FILE",
+            help="From moving to fixed, for NMSE and inverse consistency. Left out: the one in the folder of --transform, if any.",
+            rich_help_panel=IMAGES,
+            show_default=False,
+        ),
+    ] = None,
+    fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image.", rich_help_panel=EXTRA, show_default=False)] = None,
+    moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image.", rich_help_panel=EXTRA, show_default=False)] = None,
+    fixed_landmarks: Annotated[
+        Path | None, typer.Option(help="Points in the fixed image (mm LPS).", rich_help_panel=EXTRA, show_default=False)
+    ] = None,
+    moving_landmarks: Annotated[
+        Path | None, typer.Option(help="The same points in the moving image.", rich_help_panel=EXTRA, show_default=False)
+    ] = None,
+    fixed_mask: Annotated[
+        Path | None,
+        typer.Option(help="Where intensities and the Jacobian count: above zero.", rich_help_panel=EXTRA, show_default=False),
+    ] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--runs",
+            metavar="DIR",
+            help="Folder that `cohort` wrote for this list. Twice or more: compared with the first, pair by pair.",
+            rich_help_panel=COHORT,
+            show_default=False,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write a table, one row a pair, run and metric.", rich_help_panel=COHORT, show_default=False),
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out pairs that a run has no result for.", rich_help_panel=COHORT)
+    ] = False,
+    protocol: Annotated[
+        Literal["regtool", "learn2reg"],
+        typer.Option("--protocol", help="learn2reg: the numbers of that challenge's published script, its always-zero fold count included."),
+    ] = "regtool",
+    fix_header: FixHeader = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> int:
+    """How good a registration is, before and after: overlap, surface distances, landmark error, intensities, folding.
+
+    `regtool evaluate fixed.nii.gz moving.nii.gz -t result/ --fixed-labels f_seg.nii.gz --moving-labels m_seg.nii.gz`
+
+    `regtool evaluate pairs.csv --runs results/ --csv numbers.csv`
+
+    `regtool evaluate pairs.csv --runs old/ --runs new/`
+    """
+    logs(-1 if quiet else verbose)
+    of_pair = {
+        "--transform": transform, "--inverse-transform": inverse, "--fixed-labels": fixed_labels, "--moving-labels": moving_labels,
+        "--fixed-landmarks": fixed_landmarks, "--moving-landmarks": moving_landmarks, "--fixed-mask": fixed_mask,
+    }  # fmt: skip
+    of_list = {"--runs": runs, "--csv": csv, "--skip-missing": skip_missing, "--overwrite": overwrite}
+    if fixed is not None and moving is None and fixed_option is None and moving_option is None and (runs or _is_list(fixed)):
+        _refuse(of_pair, f"{fixed} is a list of pairs", "the list itself names labels, landmarks and masks; --runs names the results")
+        from regtool.workflows.evaluate import evaluate_list
+
+        show = None if quiet else _tell
+        found = evaluate_list(
+            fixed, runs or (), protocol, table=csv, skip_missing=skip_missing, fix_header=fix_header, overwrite=overwrite, tell=show
+        )  # fmt: skip
+        emit(found, list_rows(found), as_json)
+        return max((failure["exit_code"] for failure in found["failed"]), default=0)
+    _refuse(of_list, "one pair is evaluated", "a list of pairs alone is followed by --runs")
+    f, m = pair(fixed, moving, fixed_option, moving_option)
+    from regtool.workflows.evaluate import evaluate as work
+    from regtool.workflows.register import Request
+
+    request = Request(
+        f, m, fixed_mask=fixed_mask, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_landmarks=fixed_landmarks,
+        moving_landmarks=moving_landmarks, fix_header=fix_header,
+    )  # fmt: skip
+    report = work(request, transform or (), inverse, protocol)
+    emit(report, pair_rows(report), as_json)
+    return 0
+
+
+def pair_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The table of one pair."""
+    from regtool.metrics.summary import numbers
+
+    before, after = numbers(report["before"]), numbers(report.get("after", {}))
+    rows = _heading(report)
+    for key, name, unit in _shown({**before, **after}):
+        parts = [f"{_number(values[key])}{unit} {when}" for when, values in (("before", before), ("after", after)) if key in values]
+        rows.append((name, ", ".join(parts) if before and after else parts[0].removesuffix(" before")))
+    return rows
+
+
+def list_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The table of a list: means with their confidence intervals, runs compared, the worst cases."""
+    from regtool.metrics.summary import numbers
+
+    columns = {"before": report["before"], **report["runs"]}
+    rows = [("pairs", str(report["pairs"])), *_heading(report)]
+    for key, name, unit in _shown({k: None for values in columns.values() for k in values}):
+        parts = [f"{_interval(values[key])}{unit} {when}" for when, values in columns.items() if key in values]
+        rows.append((name, ", ".join(parts) if report["runs"] else parts[0].removesuffix(" before")))
+        for pairing in report.get("compared", []):
+            if key in pairing["metrics"]:
+                rows.append((f"  {pairing['second']} - {pairing['first']}", _difference(pairing["metrics"][key], unit)))
+    names, metric = list(report["runs"]), report["worst_by"]
+    change = f", {names[-1]} - {names[0]}" if len(names) > 1 else ""
+    for case in report["cases"][:WORST] if metric else []:
+        found = {"before": numbers(case["before"]), **{name: numbers(case["runs"][name]) for name in names}}
+        shown = ", ".join(f"{_number(values[metric])} {when}" for when, values in found.items() if metric in values)
+        rows.append((f"worst {metric}{change}", f"{case['id']}: {shown if names else shown.removesuffix(' before')}"))
+    rows += [("left out", f"{failure['id']}: {failure['error']}") for failure in report["failed"]]
+    return [*rows, *([("written to", report["table"])] if "table" in report else [])]
+
+
+def _heading(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [("note", report["note"])] if "note" in report else []
+    shown = report["before"]
+    return [*rows, ("labels carried by", f"{report['label_interpolation']} neighbour")] if "dice" in shown else rows
+
+
+def _shown(known: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(key, name, unit) of what the table shows; the labels of Dice one by one where they are few."""
+    names = list(known)
+    out = []
+    for key, name, unit in HEADLINES:
+        if key in names:
+            out.append((key, name, unit))
+        if key == "dice":
+            labels = [k for k in names if k.startswith("dice.")]
+            out += [(k, f"  label {k.removeprefix('dice.')}", "") for k in labels if 1 < len(labels) <= LABELS]
+    return out
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    mean, low, high = (found[k] for k in ("mean", "low", "high"))
+    return f"{_number(mean)} ({_number(low)} to {_number(high)})" if low == low else _number(mean)
+
+
+def _difference(found: Mapping[str, Any], unit: str) -> str:
+    p = found["p"]
+    chance = "" if p != p else f", p {p:.2g}" if p >= 1e-4 else ", p < 0.0001"
+    return f"{_interval(found['difference'])}{unit}{chance}, n {found['difference']['n']}"
+
+
+def _is_list(path: Path) -> bool:
+    return path.suffix.lower() in (".csv", ".tsv") or (path.suffix.lower() == ".txt" and path.is_file())
+
+
+def _refuse(options: Mapping[str, Any], why: str, tip: str) -> None:
+    from regtool.errors import UsageError
+
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise UsageError(f"{', '.join(given)}: {why}", tip=tip)
+
+
+def _tell(name: str, done: int, pairs: int) -> None:
+    """A line every tenth of the pairs."""
+    if pairs > 1 and (done == pairs or done % max(1, pairs // 10) == 0):
+        stderr.print(f"evaluated {done} of {pairs} pairs, last {name}", markup=False)

@@ -1,0 +1,52 @@
+"""Pyramid: our own default; features of both images matched coarse to fine, the result invertible, and exactly zero for equal images.
+
+One velocity is refined at five resolutions by features that are warped half-way towards each other and correlated with their neighbours; exchanging
+the images changes its sign and nothing else. So `displacement(moving, fixed)` is the inverse of `displacement(fixed, moving)`, nothing folds, and
+without normalisation layers any batch and any image size will do.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+
+from regtool.deformation.velocity import velocity
+from regtool.engines._engine import Engine
+from regtool.networks.blocks import cropped
+from regtool.networks.pyramid import Pyramid as Network
+from regtool.parameters import Parameters as AllParameters
+from regtool.parameters import Section
+
+DEFAULTS = {"regularity": {"diffusion": 1.0}, "train": {"learning_rate": 1e-3, "clip_norm": 1.0}}
+
+
+class Parameters(Section):
+    """The `[engine]` section of pyramid."""
+
+    channels: tuple[int, ...] = Field(
+        (16, 32, 48, 64, 64), description="of the features at 1/2, 1/4, ... of the resolution; as many levels as numbers"
+    )
+    hidden: tuple[int, ...] = Field((24, 32, 48, 64, 64), description="channels of what compares the features at each of these levels")
+    integration_steps: int = Field(7, ge=1, le=12, description="the velocity is squared so often")
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if not 1 <= len(self.channels) == len(self.hidden) <= 8 or min(*self.channels, *self.hidden) < 1:
+            raise ValueError("expected one to eight positive channels, and as many hidden")
+        return self
+
+
+class Pyramid(Engine):
+    """Encoder shared by the images, local correlation, antisymmetric updates of one stationary velocity at half resolution."""
+
+    def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
+        super().__init__(settings, parameters, ndim=ndim, channels=channels)
+        self.network = Network(ndim, channels, settings.channels, settings.hidden)
+        self.integration_steps = settings.integration_steps
+
+    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """(N, C, *shape) twice to (N, D, *shape) voxels; the other way round it is the inverse."""
+        output, shape = self.network(fixed, moving), fixed.shape[2:]
+        return cropped(velocity(output, [2 * n for n in output.shape[2:]], self.integration_steps), shape).contiguous()

@@ -1,0 +1,73 @@
+"""The same command gives the same voxels: again, after other work in the same process, and nearly so on another number of threads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from regtool.geometry.image import Image
+from regtool.io.images import write_image
+from regtool.workflows.register import Request, Result, register
+from tests.test_guard import body, image
+
+FIELD = ("run.qc=false", "refine.iterations=10")
+NETWORK = (*FIELD, "method=voxelmorph", "engine.variant=vm1", "oneshot.iterations=5")
+
+
+def pair(ndim: int) -> tuple[Image, Image]:
+    fixed = body(ndim)
+    return image(fixed), image(np.roll(fixed, 2, -1))
+
+
+def run(ndim: int, *overrides: str, threads: int = 1) -> Result:
+    before = torch.get_num_threads()
+    try:
+        return register(Request(*pair(ndim), overrides=(*overrides, f"run.threads={threads}")))
+    finally:
+        torch.set_num_threads(before)
+
+
+def same(one: Result, other: Result) -> bool:
+    return torch.equal(one.warped.data, other.warped.data) and torch.equal(one.displacements[0].data, other.displacements[0].data)
+
+
+@pytest.mark.parametrize("overrides", [FIELD, NETWORK, (*FIELD, "measure.name=mi"), (*FIELD, "measure.name=mind")])
+def test_again(ndim: int, overrides: tuple[str, ...]) -> None:
+    assert same(run(ndim, *overrides), run(ndim, *overrides))
+
+
+@pytest.mark.parametrize("measure", ["lncc", "mi", "mind"])
+def test_one_and_two_threads(ndim: int, measure: str) -> None:
+    fields = [run(ndim, *FIELD, f"measure.name={measure}", threads=n).displacements[0].to_voxels() for n in (1, 2)]
+    assert float((fields[0] - fields[1]).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("overrides", [FIELD, NETWORK])
+def test_b_after_a_is_b_alone(ndim: int, overrides: tuple[str, ...]) -> None:
+    alone = run(ndim, *overrides)
+    fixed, moving = pair(ndim)
+    register(Request(moving, fixed, overrides=(*overrides, "run.seed=5", "measure.name=mi", "run.threads=1")))
+    assert same(alone, run(ndim, *overrides))
+
+
+def test_b_after_a_is_b_in_a_process_of_its_own(tmp_path: Path) -> None:
+    for name, one in zip(("fixed", "moving"), pair(2), strict=True):
+        write_image(one, tmp_path / f"{name}.nii.gz")
+    register(Request(*pair(3), overrides=(*NETWORK, "run.threads=1")))
+    register(Request(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz", tmp_path / "here", overrides=(*NETWORK, "run.threads=1")))
+    regtool = Path(sys.executable).parent / "regtool"
+    words = [str(regtool), "register", "fixed.nii.gz", "moving.nii.gz", "-o", "there", "--threads", "1", "--quiet"]
+    subprocess.run([*words, *(w for o in NETWORK for w in ("--set", o))], cwd=tmp_path, check=True, capture_output=True)
+    for name in ("warped.nii.gz", "displacement.nii.gz"):
+        here, there = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / folder / name))) for folder in ("here", "there"))
+        assert np.array_equal(here, there), name
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("here", "there")]
+    assert reports[0]["similarity"] == reports[1]["similarity"]
+    assert reports[0]["jacobian"] == reports[1]["jacobian"]

@@ -1,0 +1,84 @@
+"""Pairs on which a registration can only do harm: nothing gets worse, nothing folds, and what was given up is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import Image
+from regtool.optimise.guard import objection
+from regtool.workflows.register import Request, register
+from tests.conftest import blobs
+
+QUICK = ("run.threads=1", "run.qc=false", "refine.iterations=12")
+FOLDING = 0.01  # percent
+
+
+def body(ndim: int, seed: int = 0) -> np.ndarray:
+    """A soft ball with structures of several sizes inside, about 0 to 100."""
+    shape = (30, 28, 26)[:ndim] if ndim == 3 else (60, 56)
+    rng = np.random.default_rng(seed)
+    grid = np.indices(shape)
+    waves = sum(np.sin((grid * rng.uniform(0.15, 0.6, (ndim, *[1] * ndim))).sum(0) + rng.uniform(0, 6)) for _ in range(4))
+    return blobs(shape, tuple((n - 1) / 2 for n in shape), min(shape) / 3) * (60 + 10 * waves)
+
+
+def image(array: np.ndarray) -> Image:
+    return Image(torch.as_tensor(array, dtype=torch.float32)[None], Grid.regular(array.shape))
+
+
+def aligned(ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    return body(ndim), body(ndim)
+
+
+def unrelated(ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    return body(ndim), np.ascontiguousarray(np.flip(body(ndim, 9) ** 2))
+
+
+def own_noise(ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    return body(ndim), body(ndim) + np.random.default_rng(1).normal(0, 10, body(ndim).shape)
+
+
+def only_noise(ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    return body(ndim), np.random.default_rng(2).normal(0, 30, body(ndim).shape)
+
+
+def half_missing(ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    moving = body(ndim)
+    moving[..., : moving.shape[-1] // 2] = 0
+    return body(ndim), moving
+
+
+@pytest.mark.parametrize("similarity", ["auto", "lncc", "mi", "mind"])
+@pytest.mark.parametrize("pair", [aligned, unrelated, own_noise, only_noise, half_missing], ids=lambda f: f.__name__)
+def test_never_worse_than_the_start(pair, similarity: str, ndim: int) -> None:  # type: ignore[no-untyped-def]
+    fixed, moving = (image(a) for a in pair(ndim))
+    report = register(Request(fixed, moving, overrides=(*QUICK, f"measure.name={similarity}"))).report
+    found = report["similarity"]
+    assert found["after"] >= found["before"] - 2e-6
+    assert report["jacobian"]["folding_percent"] <= FOLDING
+    assert report["status"] == "ok"
+    refused = [s for s in report["stages"] if not s["kept"] and s["name"] != "align"]
+    assert len(refused) == len([w for w in report["warnings"] if "rolled back" in w])
+    assert all(s["reason"] for s in refused)
+    if not any(s["kept"] for s in report["stages"]):
+        assert found["after"] == found["before"]
+        assert report["displacement_mm"]["max"] == 0
+
+
+def test_a_failed_threshold_is_a_status_and_no_error() -> None:
+    fixed, moving = (image(a) for a in aligned(2))
+    report = register(Request(fixed, moving, overrides=(*QUICK, "qc.min_similarity_gain=0.5"))).report
+    assert report["status"] == "qc_failed"
+    assert [c["name"] for c in report["qc"] if not c["passed"]] == ["min_similarity_gain"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "folding", "word"),
+    [(0.5, 0.6, 0.0, ""), (0.5, 0.5, 0.0, ""), (0.5, 0.4, 0.0, "fall"), (0.5, float("nan"), 0.0, "fall"), (0.5, 0.6, 2.0, "fold")],
+)
+def test_objection(before: float, after: float, folding: float, word: str) -> None:
+    found = objection(before, after, folding, 1.0)
+    assert word in found if word else found == ""

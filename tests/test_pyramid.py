@@ -1,0 +1,213 @@
+"""Our default method: what holds by construction (zero, inverse, antisymmetry), its correlations against a loop, its size, and that it learns."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from regtool import engines
+from regtool.data.batch import Batch
+from regtool.engines.pyramid import Pyramid
+from regtool.errors import ParameterError
+from regtool.geometry.fields import corner_determinant
+from regtool.geometry.sampling import warp_voxels
+from regtool.losses.similarity import mse
+from regtool.networks.pyramid import HalvingConv, compared
+from tests.conftest import blobs
+
+SMALL = ("engine.channels=[4,6,8]", "engine.hidden=[4,6,8]")
+SHAPES = [(28, 28), (17, 40), (1, 30), (96, 64), (17, 40, 5), (40, 1, 24), (1, 1, 9), (1, 1), (16, 16, 16)]
+
+
+def made(ndim: int, *settings: str, stir: float = 0.0, seed: int = 0, channels: int = 1) -> Pyramid:
+    """An engine whose last weights are stirred so that it moves things, smoothly: at fine levels by less."""
+    torch.manual_seed(seed)
+    engine = engines.build(engines.read_parameters(None, ("method=pyramid", *settings)), ndim, channels)
+    assert isinstance(engine, Pyramid)
+    with torch.no_grad():
+        for k, update in enumerate(engine.network.decoder):
+            update.head.weight.add_(stir * 2.0 ** (k - len(engine.network.decoder)) * torch.randn_like(update.head.weight))
+    return engine.eval()
+
+
+def pair(shape: tuple[int, ...], channels: int = 1, n: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smooth random images, so that the features differ everywhere."""
+    rng = torch.Generator().manual_seed(1)
+    coarse = torch.rand(2 * n, channels, *[max(2, s // 4) for s in shape], generator=rng)
+    mode = {2: "bilinear", 3: "trilinear"}[len(shape)]
+    images = torch.nn.functional.interpolate(coarse, size=shape, mode=mode)
+    return images[:n], images[n:]
+
+
+@pytest.mark.parametrize(("ndim", "megabytes"), [(2, 2.2), (3, 7.0)])
+def test_size(ndim: int, megabytes: float) -> None:
+    assert 0.9 * megabytes < sum(p.numel() for p in made(ndim).parameters()) * 4 / 1e6 < megabytes
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape_and_equal_images_give_exactly_zero(shape: tuple[int, ...]) -> None:
+    engine, (fixed, moving) = made(len(shape), stir=0.3), pair(shape, n=2)
+    with torch.inference_mode():
+        u = engine.displacement(fixed, moving)
+        nothing = engine.displacement(fixed, fixed.clone())
+    assert u.shape == (2, len(shape), *shape)
+    assert u.is_contiguous()
+    assert bool(torch.isfinite(u).all())
+    assert not bool(nothing.any())
+    for component, n in enumerate(reversed(shape)):
+        assert bool(u[:, component].any()) == (n > 1), "an axis of one voxel has nowhere to go, the others have"
+
+
+def test_in_bfloat16_it_is_nearly_the_same_and_zero_stays_zero(ndim: int) -> None:
+    engine, (fixed, moving) = made(ndim, stir=0.3), pair((40, 33, 24)[:ndim])
+    with torch.inference_mode():
+        full = engine.displacement(fixed, moving)
+        with torch.autocast("cpu", torch.bfloat16):
+            lower, nothing = engine.displacement(fixed, moving), engine.displacement(fixed, fixed.clone())
+    assert lower.dtype == torch.float32
+    assert not bool(nothing.any())
+    assert float((lower - full).abs().max()) < 0.05 * float(full.abs().max())
+
+
+def test_exchanging_the_images_changes_the_sign_of_the_velocity(ndim: int) -> None:
+    engine, (fixed, moving) = made(ndim, stir=0.3), pair((40, 33, 24)[:ndim])
+    with torch.inference_mode():
+        there, back = engine.network(fixed, moving), engine.network(moving, fixed)
+    assert float(there.abs().max()) > 0.3
+    assert float((there + back).abs().max()) < 1e-5 * float(there.abs().max())
+
+
+def test_the_other_way_round_is_the_inverse(ndim: int) -> None:
+    """By scipy: x + u(x), then from there, is x again."""
+    engine, (fixed, moving) = made(ndim, stir=0.3), pair((48, 40, 32)[:ndim])
+    with torch.inference_mode():
+        there, back = (engine.displacement(*images)[0].double().numpy() for images in ((fixed, moving), (moving, fixed)))
+    size = np.abs(there).max()
+    assert 1 < size < 8
+    start = np.indices(fixed.shape[2:]).astype(float)
+    arrived = start + there[::-1]
+    returned = arrived + np.stack([map_coordinates(c, arrived, order=1, mode="nearest") for c in back[::-1]])
+    inner = tuple(slice(8, -8) for _ in range(ndim))  # what left the image has nothing to come back by
+    missed = np.linalg.norm(returned - start, axis=0)[inner]
+    assert missed.mean() < 0.01 * size
+    assert missed.max() < 0.1
+
+
+def test_nothing_folds(ndim: int) -> None:
+    engine, (fixed, moving) = made(ndim, stir=0.3), pair((48, 40, 32)[:ndim])
+    with torch.inference_mode():
+        u = engine.displacement(fixed, moving)[0]
+    assert float(u.abs().max()) > 1
+    assert float(corner_determinant(u).min()) > 0
+
+
+def test_every_pair_of_a_batch_is_on_its_own(ndim: int) -> None:
+    engine, (fixed, moving) = made(ndim, stir=0.3), pair((24, 20, 16)[:ndim], n=3)
+    with torch.inference_mode():
+        together = engine.displacement(fixed, moving)
+        alone = torch.cat([engine.displacement(f[None], m[None]) for f, m in zip(fixed, moving, strict=True)])
+    assert float((together - alone).abs().max()) < 1e-4
+
+
+def test_images_of_several_channels(ndim: int) -> None:
+    engine, (fixed, moving) = made(ndim, stir=0.3, channels=2), pair((20, 18, 16)[:ndim], channels=2)
+    with torch.inference_mode():
+        u = engine.displacement(fixed, moving)
+        other = engine.displacement(fixed, torch.cat([moving[:, :1], fixed[:, 1:]], dim=1))
+    assert u.shape == (1, ndim, *fixed.shape[2:])
+    assert not torch.allclose(u, other)
+
+
+def correlations_by_loop(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(C, *shape) twice to (3^D, *shape)."""
+    shape = a.shape[1:]
+    steps = list(itertools.product((-1, 0, 1), repeat=len(shape)))
+    out = np.zeros((len(steps), *shape))
+    for k, step in enumerate(steps):
+        for x in itertools.product(*map(range, shape)):
+            y = tuple(i + s for i, s in zip(x, step, strict=True))
+            if all(0 <= i < n for i, n in zip(y, shape, strict=True)):
+                one, other = a[(slice(None), *x)], b[(slice(None), *y)]
+                out[(k, *x)] = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    return out
+
+
+@pytest.mark.parametrize("size", [(4, 3, 5), (1, 4, 2), (1, 1, 1)], ids=str)
+def test_comparison_in_both_orders(ndim: int, size: tuple[int, ...]) -> None:
+    a, b = torch.randn(2, 2, 3, *size[-ndim:], dtype=torch.float64)
+    for n, x in enumerate(compared(a, b)):
+        one, other = (a[n], b[n]) if n < 2 else (b[n - 2], a[n - 2])
+        assert torch.equal(x[:6], torch.cat([one, other]))
+        assert np.allclose(x[6:].numpy(), correlations_by_loop(one.numpy(), other.numpy()), atol=1e-12)
+
+
+def test_gradient_of_the_comparison(ndim: int) -> None:
+    a, b = torch.randn(2, 1, 2, *(2, 1, 3)[-ndim:], dtype=torch.float64)
+    assert torch.autograd.gradcheck(compared, (a.requires_grad_(), b.requires_grad_()))
+
+
+def test_gradient_of_the_whole_network(ndim: int) -> None:
+    """Against central differences along a random direction of all weights."""
+    engine = made(ndim, *SMALL, stir=0.3).double()
+    fixed, moving = (x.double() for x in pair((10, 8, 6)[:ndim]))
+    weights = list(engine.parameters())
+    towards = [torch.randn_like(p) for p in weights]
+
+    def value() -> torch.Tensor:
+        return engine.displacement(fixed, moving).square().sum()
+
+    slope = sum(float((g * d).sum()) for g, d in zip(torch.autograd.grad(value(), weights), towards, strict=True))
+    found = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):  # one step up, then from there to one step down
+            for p, d in zip(weights, towards, strict=True):
+                p.add_(step * d)
+            found.append(float(value()))
+    assert slope == pytest.approx((found[0] - found[1]) / 2e-6, rel=1e-3)
+
+
+def test_halving_repeats_the_last_voxel_of_an_odd_axis(ndim: int) -> None:
+    conv = HalvingConv(ndim, 1, 2)
+    x = torch.rand(1, 1, *(5, 7, 1)[-ndim:])
+    grown = torch.nn.functional.pad(x, [0, 1] * ndim, mode="replicate")
+    assert conv(x).shape[2:] == (3, 4, 1)[-ndim:]
+    assert torch.equal(conv(x), conv(grown))
+
+
+def test_learns_a_shift_from_a_few_pairs(ndim: int) -> None:
+    """Three voxels, seen in pairs of one place and asked for in another place."""
+    shape = (24, 24, 16)[:ndim]
+    engine = made(ndim, *SMALL, "similarity.name=mse", "regularity.diffusion=0.01").train()
+
+    def blob_pair(middle: float) -> Batch:
+        fixed, moving = (torch.from_numpy(blobs(shape, (middle + shift, *[n / 2 for n in shape[1:]]), 5.0))[None, None] for shift in (0.0, 3.0))
+        return Batch(fixed, moving)
+
+    optimiser = torch.optim.Adam(engine.parameters(), lr=5e-3)
+    for step in range(40):
+        optimiser.zero_grad()
+        torch.stack(list(engine.losses(blob_pair(9.0 + step % 3), "registration").values())).sum().backward()
+        optimiser.step()
+    unseen = blob_pair(9.5)
+    with torch.inference_mode():
+        u = engine.eval().displacement(unseen.fixed, unseen.moving)
+        ratio = float(mse(unseen.fixed, warp_voxels(unseen.moving, u)) / mse(unseen.fixed, unseen.moving))
+    assert ratio < 0.2
+    assert float(u[0, -1][unseen.fixed[0, 0] > 0.5].mean()) == pytest.approx(3.0, abs=1.0)
+
+
+def test_supervision_alone(ndim: int) -> None:
+    """A factor of zero leaves the similarity out."""
+    engine, (fixed, moving) = made(ndim, *SMALL, "similarity.weight=0", "supervision.dice=1"), pair((12, 12, 12)[:ndim])
+    labels = (fixed > 0.5).long()
+    terms = engine.losses(Batch(fixed, moving, fixed_labels=labels, moving_labels=(moving > 0.5).long()), "registration")
+    assert set(terms) == {"diffusion", "dice"}
+
+
+def test_wrong_settings_are_explained() -> None:
+    with pytest.raises(ParameterError, match="as many hidden"):
+        made(2, "engine.channels=[8,8]", "engine.hidden=[8]")

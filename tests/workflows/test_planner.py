@@ -1,0 +1,90 @@
+"""The memory that is planned: what it grows with, that it stays under a limit, and that the least it names is enough."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from regtool.data.preprocess import antialiased, prepared_voxels
+from regtool.errors import OutOfMemory
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import Image
+from regtool.parameters import Parameters, Refine, Run
+from regtool.workflows.planner import MEASURES, activation_bytes, check_training, largest_shape, make_plan, training_bytes
+from tests.conftest import random_grid
+
+GB = 2**30
+PLENTY = 1000 * GB
+BRAIN = Grid.regular((224, 192, 160))
+CT = Grid.regular((300, 512, 512))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "name", "voxels", "measured_mb"),
+    [
+        (Grid.regular((256, 256)), "mi", 900_000, 491),
+        (Grid.regular((41, 49, 34)), "lncc", 900_000, 503),
+        (BRAIN, "lncc", 900_000, 939),
+        (BRAIN, "lncc", 7_000_000, 1375),
+        (BRAIN, "mi", 7_000_000, 1420),
+        (BRAIN, "mind", 7_000_000, 1821),
+        (BRAIN, "ngf", 7_000_000, 1984),
+        (BRAIN, "lg", 7_000_000, 2105),
+        (BRAIN, "ncc", 7_000_000, 1493),
+        (BRAIN, "mse", 7_000_000, 1444),
+        (CT, "lncc", 900_000, 4140),
+    ],
+)
+def test_the_plan_is_within_a_quarter_of_what_whole_commands_took(fixed: Grid, name: str, voxels: int, measured_mb: float) -> None:
+    parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": voxels}})
+    assert make_plan(fixed, fixed, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
+
+
+@pytest.mark.parametrize(("method", "measured_mb"), [("voxelmorph", 2652), ("dirnet", 1638), ("unet", 1118), ("cycle", 1716), ("deformgan", 2977)])
+def test_of_trained_networks_too(method: str, measured_mb: float) -> None:
+    parameters = Parameters.model_validate({"method": method, "refine": {"iterations": 0}})
+    assert make_plan(BRAIN, BRAIN, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_limit_lowers_the_grid_and_is_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": 7_000_000}})
+    limit = int(1.2 * GB)
+    plan = make_plan(BRAIN, BRAIN, parameters, False, limit)
+    assert plan.refine_grid is not None
+    assert 0.8 * limit < plan.peak_bytes <= limit
+    assert plan.refine_grid.voxels < BRAIN.voxels
+    assert "refine grid lowered" in caplog.text
+
+
+def test_the_least_that_is_named_is_enough(ndim: int) -> None:
+    grid = Grid.regular((60, 512, 512)[3 - ndim :])
+    for parameters in (Parameters(), Parameters(refine=Refine(iterations=0)), Parameters(method="voxelmorph"), Parameters(run=Run(format="mha"))):
+        with pytest.raises(OutOfMemory, match="too little") as error:
+            make_plan(grid, grid, parameters, False, 1)
+        least = re.search(r"needs ([\d.]+) GB", error.value.what)
+        assert least is not None
+        assert make_plan(grid, grid, parameters, False, int(float(least[1]) * GB)).peak_bytes <= float(least[1]) * GB
+        with pytest.raises(OutOfMemory):
+            make_plan(grid, grid, parameters, False, int((float(least[1]) - 0.03) * GB))
+
+
+def test_what_stays_of_an_image_is_counted(ndim: int, orientation: str) -> None:
+    own = random_grid(ndim, orientation, 1, 30, 50)
+    for size in ((40,) * ndim, (9,) * ndim, (4,) * ndim):
+        grid = random_grid(ndim, "aligned", 2).resized(size)
+        assert antialiased(Image(torch.zeros(1, *own.shape), own), grid).data.numel() == prepared_voxels(own, grid)
+
+
+def test_learning_needs_more_than_applying_and_the_largest_shape_fits(ndim: int) -> None:
+    parameters, shape = Parameters(method="voxelmorph"), (96, 96, 96)[:ndim]
+    assert activation_bytes(parameters, shape, training=True) > activation_bytes(parameters, shape, training=False)
+    limit = training_bytes(parameters, tuple(n // 2 for n in shape))
+    found = largest_shape(parameters, shape, limit)
+    assert found is not None
+    assert training_bytes(parameters, found) <= limit
+    assert min(found) >= 47
+    with pytest.raises(OutOfMemory, match="x".join(map(str, reversed(found)))):
+        check_training(parameters, shape, limit)
