@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from regtool.tables import explained, merged, read_tables, set_value
 
 FORMAT = 1
+NO_MODEL = "none"
 MOST_THREADS = 1024  # with tens of thousands the thread library aborts the process
 LARGEST_SEED = 2**63 - 1
 
@@ -65,15 +66,10 @@ class Preprocess(Section):
         return value
 
 
-class Measure(Section):
-    """What a good match is: what the guard compares, refining raises and the report states."""
+class Likeness(Section):
+    """How two images are compared."""
 
-    name: Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
-        "auto",
-        description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
-        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mi, as the "
-        "intensities of the aligned images relate",
-    )
+    name: str
     window: int | None = Field(None, ge=3, description="voxels across the window of lncc or lg, odd; left out: 9 for lncc, 7 for lg")
     bins: int = Field(32, ge=4, le=256, description="of each image in the joint histogram of mi")
 
@@ -85,7 +81,28 @@ class Measure(Section):
         return value
 
 
-class Similarity(Measure):
+class Measure(Likeness):
+    """What a good match is: what the guard compares, refining raises and the report states."""
+
+    name: Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
+        "auto",
+        description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
+        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mi, as the "
+        "intensities of the aligned images relate",
+    )
+    channel_weights: tuple[float, ...] | None = Field(
+        None, description="share of each channel of images that have several, 0 leaves one out, for example [1, 0.5]; left out: all alike"
+    )
+
+    @field_validator("channel_weights")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (not value or min(value) < 0 or max(value) == 0):
+            raise ValueError("expected a number from 0 for each channel, at least one of them above 0")
+        return value
+
+
+class Similarity(Likeness):
     """What a network learns to raise."""
 
     name: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field("lncc", description="as in [measure], where it says more")
@@ -121,10 +138,10 @@ class Align(Section):
 
 
 class Oneshot(Section):
-    """Learning on the pair itself, where no model is given (Ferrante 2018)."""
+    """Learning on the pair itself: where there is no model, and in `regtool finetune-oneshot` (Ferrante 2018)."""
 
-    iterations: int = Field(300, ge=0, description="steps at most")
-    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    iterations: int = Field(300, ge=0, description="steps at most; finetune-oneshot: 50")
+    learning_rate: float | None = Field(None, gt=0, description="of Adam; left out: 1e-3 from scratch, 1e-4 from a model's weights")
     patience: int = Field(60, ge=1, description="stop after so many steps without a better loss")
 
 
@@ -200,6 +217,7 @@ class Train(Section):
     validation_share: float = Field(0.1, ge=0, lt=1, description="part of the pairs, or images, held out by id where no validation list is given")
     validation_pairs: int = Field(20, ge=1, description="pairs that are looked at in a validation, spread over all that there are")
     validate_every: int = Field(500, ge=1, description="steps between validations")
+    patience: int | None = Field(None, ge=1, description="end after so many validations without a better one; left out: never")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     log_every: int = Field(10, ge=1, description="steps between the lines of history.csv, each the mean of so many")
     tensorboard: bool = Field(False, description="write TensorBoard event files too; needs the extra `tensorboard`")
@@ -249,7 +267,14 @@ class Quality(Section):
 class Run(Section):
     """How the run is made."""
 
-    model: str | None = Field(None, description="model file or name; left out: the method learns on the pair")
+    model: str | None = Field(
+        None,
+        description="model file or name; left out: the weights that come with regtool for the method and dimension, where there are some; none: no "
+        "trained weights, the method learns on the pair",
+    )
+    passes: int = Field(
+        2, ge=1, le=4, description="times that trained weights see the pair, each time as registered so far; a further pass stays only where it helps"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")

@@ -194,6 +194,23 @@ def far(path: Path) -> None:
     sitk.WriteImage(moved, str(path))
 
 
+def apart(path: Path) -> None:
+    """A label map, or a mask, that is nowhere near its image."""
+    elsewhere = sitk.ReadImage(str(Path(os.environ["KIT"]) / "labels.nii.gz"))
+    elsewhere.SetOrigin([500.0, 500.0])
+    sitk.WriteImage(elsewhere, str(path))
+
+
+def finer(path: Path) -> None:
+    """The same block of space, four times the voxels."""
+    same = sitk.ReadImage(str(Path(os.environ["KIT"]) / "labels.nii.gz"))
+    sitk.WriteImage(sitk.Resample(same, [40, 48], sitk.Transform(), sitk.sitkNearestNeighbor, [9.75, 9.75], [0.5, 0.5]), str(path))
+
+
+def throw(path: Path) -> None:
+    sitk.WriteTransform(sitk.TranslationTransform(2, (1000.0, 1000.0)), str(path))
+
+
 def halves(path: Path) -> None:
     voxels = np.zeros((24, 20), dtype=np.float32)
     voxels[3:6, 3:6] = 0.5
@@ -323,13 +340,36 @@ def test_images(case: Case, kit: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("register a.nii KIT/moving.nii.gz --fix-header", nifti("f", 0.0, at=80), "not above zero"),
         ("register a.nii KIT/moving.nii.gz --fix-header", nifti("f", -1.0, at=80), "not above zero"),
         ("register KIT/fixed.nii.gz a.mha", far, ""),
+        ("register KIT/fixed.nii.gz KIT/moving.nii.gz --fixed-mask a.mha", finer, r"fixed mask lies on another grid .*resampled"),
+        ("register KIT/fixed.nii.gz KIT/moving.nii.gz --moving-mask a.mha", finer, r"moving mask lies on another grid .*resampled"),
+        ("register KIT/fixed.nii.gz KIT/moving.nii.gz --fixed-labels a.mha --moving-labels a.mha", finer, "fixed labels lie on another grid"),
+        (
+            "register KIT/fixed.nii.gz KIT/moving.nii.gz --fixed-landmarks a.csv --moving-landmarks KIT/points.csv",
+            "x,y\n20,20\n-50,0\n",
+            "1 of 2 fixed landmarks lie outside their image",
+        ),
+        ("register KIT/fixed.nii.gz KIT/moving.nii.gz --initial-transform a.tfm", throw, "initial transform throws the images apart"),
     ],
-    ids=["some NaN", "sheared .nii", "sheared .mha", "sheared .nrrd", "spacing zero", "spacing negative", "no overlap, but alignment"],
+    ids=[
+        "some NaN",
+        "sheared .nii",
+        "sheared .mha",
+        "sheared .nrrd",
+        "spacing zero",
+        "spacing negative",
+        "no overlap, but alignment",
+        "fixed mask",
+        "moving mask",
+        "labels",
+        "one landmark outside",
+        "thrown apart",
+    ],
 )
 def test_what_can_be_mended_is_mended_with_a_warning(
     arguments: str, content: Content, warning: str, kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KIT", str(kit))
     name = next(word for word in arguments.split() if word.startswith("a."))
     written(Path(name), content)
     answer = call(capfd, *arguments.replace("KIT", str(kit)).split(), *QUICK, "--json", "-o", "out")
@@ -440,6 +480,7 @@ MODELS = [
     Case("unknown name", f"{PAIR} --model brain", 2, "unknown model 'brain'", "models list"),
     Case("unknown name to info", "models info brain", 2, "unknown model 'brain'", "models list"),
     Case("a folder to info", "models info a.safetensors", 3, "is a folder", "", {"a.safetensors": folder}),
+    Case("other method", f"{PAIR} --model KIT/brain2.safetensors -m dirnet", 3, "is a voxelmorph model, not dirnet", "-m voxelmorph"),
     Case("other architecture", f"{PAIR} --model KIT/brain2.safetensors --set engine.variant=vm2", 2, r"\[engine\] differs", r"leave \[engine\] out"),
     *bad_model("missing", None, r"model file not found: a\.safetensors", "check the path"),
     *bad_model("a folder", folder, "is a folder"),
@@ -567,7 +608,7 @@ OPTIONS = [
     Case("unknown format", f"{PAIR} --format foo", 2, "'--format': 'foo' is not one of .*'mha'"),
     Case("unknown device", f"{PAIR} --device quantum", 2, "--device quantum: unknown device", "cuda:N"),
     Case("device that is not here", f"{PAIR} --device mps", 2, "device mps: there is none on this machine", "--device auto"),
-    Case("memory too small", f"{PAIR} --max-memory 0.01", 5, "--max-memory 0.01 GB is too little", "memory"),
+    Case("memory too small", f"{PAIR} --max-memory 0.01", 5, r"0\.01 GB of memory is too little: this pair needs 0\.\d+ GB at least", "--max-memory"),
     Case("no memory", f"{PAIR} --max-memory 0", 2, "--max-memory 0: expected a number above zero"),
     Case("negative memory", f"{PAIR} --max-memory -1", 2, "--max-memory -1: expected a number above zero"),
     Case("NaN memory", f"{PAIR} --max-memory nan", 2, "--max-memory nan: expected a number above zero"),
@@ -633,11 +674,23 @@ LABELS = f"{PAIR} --fixed-labels"
 EXTRAS = [
     Case("labels of one image", f"{PAIR} --fixed-labels KIT/labels.nii.gz", 2, "labels are given for one image only", "--moving-labels"),
     Case("labels of the other image", f"{PAIR} --moving-labels KIT/labels.nii.gz", 2, "labels are given for one image only", "--fixed-labels"),
+    *(
+        Case(f"{side} mask: {name}", f"{PAIR} --{side}-mask {file}", 3, f"the {side} mask {what}", tip, files)
+        for side in ("fixed", "moving")
+        for name, file, what, tip, files in (
+            ("empty", "a.nii", r"a\.nii is empty: no voxel", "leave it out", {"a.nii": blank}),
+            ("3-D", "KIT/labels3.nii.gz", r".* is 3-D, its image 2-D", "-mask", {}),
+            ("elsewhere", "a.nii", r"a\.nii marks nothing in its image", "doctor", {"a.nii": apart}),
+        )
+    ),
+    Case("mask missing", f"{PAIR} --fixed-mask a.nii", 3, r"not found: a\.nii"),
+    Case("labels elsewhere", f"{LABELS} KIT/labels.nii.gz --moving-labels a.nii", 3, r"moving labels a\.nii lie apart", "doctor", {"a.nii": apart}),
     Case("labels missing", f"{LABELS} KIT/labels.nii.gz --moving-labels a.nii", 3, r"not found: a\.nii"),
     Case("fractional labels", f"{LABELS} a.nii --moving-labels KIT/labels.nii.gz", 3, r"a\.nii is no label map: .*whole", "", {"a.nii": halves}),
     Case("3-D labels", f"{LABELS} KIT/labels3.nii.gz --moving-labels KIT/labels.nii.gz", 3, "fixed labels are 3-D, their image is 2-D"),
     Case("landmarks of one image", f"{PAIR} --fixed-landmarks KIT/points.csv", 2, "landmarks are given for one image only", "--moving-landmarks"),
     points("fewer landmarks", "x,y\n1,2\n", "2 fixed landmarks but 1 moving ones", "same order"),
+    points("landmarks outside", "x,y\n-20,-20\n-22,-24\n", "all 2 moving landmarks lie outside their image", "LPS"),
     points("a word as landmark", "x,y\n1,2\n3,b\n", r"a\.csv:3: 'b' is not a finite number"),
     points("NaN as landmark", "x,y\n1,nan\n3,4\n", r"a\.csv:2: 'nan' is not a finite number"),
     points("one column", "x,y\n1,2\n3\n", r"a\.csv:3: 1 columns, expected 2"),
@@ -668,6 +721,7 @@ EXTRAS = [
     Case("3-D moving image: warp", "warp KIT/solid.nii.gz -t KIT/shift.tfm --like KIT/fixed.nii.gz -o b.nii", 3, "dimensions disagree"),
     Case("no inverse: invert", "transform invert a.tfm -o b.h5", 3, "singular", "", {"a.tfm": singular}),
     Case("no inverse: points", "warp KIT/points.csv -t a.tfm --from moving -o b.csv", 3, "singular", "", {"a.tfm": singular}),
+    Case("thrown apart", f"{PAIR} --initial-transform a.tfm --align none", 3, "do not overlap .* after the initial", "invert", {"a.tfm": throw}),
     Case("nowhere to go", f"{PAIR} --initial-transform a.tfm --align none", 3, "do not overlap", "--align", {"a.tfm": singular}),
     Case("warp: missing", "warp a.nii -t KIT/shift.tfm --like KIT/fixed.nii.gz -o b.nii", 3, r"not found: a\.nii"),
     Case("warp: broken", "warp a.nii -t KIT/shift.tfm --like KIT/fixed.nii.gz -o b.nii", 3, r"a\.nii cannot be read", "", {"a.nii": TEXT}),

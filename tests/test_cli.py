@@ -181,7 +181,7 @@ def test_without_arguments_there_is_help(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_table_on_stdout_and_progress_on_stderr(pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    answer = call(capfd, "register", *pair, *QUICK)
+    answer = call(capfd, "register", *pair, *QUICK, "--model", "none")
     assert answer.code == 0
     folder = tmp_path / "moving_to_fixed"
     assert (folder / "report.json").is_file()

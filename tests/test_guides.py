@@ -15,7 +15,7 @@ from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, 
 from regtool.geometry.sampling import resample, transform_points, warp, warp_labels
 from regtool.io.images import write_image
 from regtool.metrics.overlap import dice
-from regtool.workflows.pair import Clock, Guides, Setup, register_pair
+from regtool.workflows.pair import Clock, Course, Guides, Setup, register_pair
 from regtool.workflows.register import Request, register
 from regtool.workflows.resolve import resolve
 from tests.conftest import random_grid, smooth_field
@@ -26,6 +26,19 @@ QUICK = ("run.threads=1", "run.qc=false", "align.method=none", "measure.name=lnc
 
 def setup(*overrides: str) -> Setup:
     return Setup(resolve(None, (*QUICK, *overrides), None).parameters, None, torch.device("cpu"))
+
+
+def test_the_fixed_mask_is_resampled_once_a_grid(ndim: int) -> None:
+    fixed, moving = phantom(ndim)
+    mask = Image((fixed.data > fixed.data.mean()).float(), fixed.grid)
+    coarse = fixed.grid.resized(tuple(n // 2 for n in fixed.grid.size))
+    start = Transform((DisplacementField.zeros(fixed.grid),))
+    course = Course(fixed, moving, setup(), coarse, start, Guides(mask, mask))
+    first, second = (course.masks(start, coarse)[0] for _ in range(2))
+    assert first is second is not None
+    assert torch.equal(first[0], warp(mask, start, coarse, 0.0).data)
+    other = course.masks(start, fixed.grid)[0]
+    assert other is not None and torch.allclose(other[0], mask.data, atol=1e-6)
 
 
 def textured(grid: Grid) -> Image:

@@ -21,6 +21,7 @@ from regtool.geometry.sampling import warp
 from regtool.io.images import read_image, write_image
 from regtool.io.transforms import write_transform
 from regtool.parameters import Parameters
+from regtool.workflows.planner import SHARE
 from regtool.workflows.register import Request, Result, register
 from tests.conftest import blobs, direction, smooth_field, to_sitk
 
@@ -211,6 +212,19 @@ def test_time_series(tmp_path: Path, mode: str) -> None:
     assert ("transform_t001.h5" in names) == (mode == "each")
 
 
+def test_a_stage_that_is_rolled_back_names_its_time_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regtool.workflows.pair.objection", lambda *_: "for the test")
+    fixed, moving = phantom(3)
+    series = Image(torch.cat([moving.data, moving.data + 5]), moving.grid, time=(2.0, 0.0))
+    for image, expected in ((series, ["time point 0: network", "time point 1: network"]), (moving, ["network"])):
+        report = register(Request(fixed, image, overrides=(*QUICK, "oneshot.iterations=2"))).report
+        assert [w for w in report["warnings"] if "rolled back" in w] == [f"{name} was rolled back: for the test" for name in expected]
+    assert [p["name"] for p in register(Request(fixed, series, overrides=(*QUICK, "oneshot.iterations=2"))).report["time_points"]] == [
+        "time point 0",
+        "time point 1",
+    ]
+
+
 def test_thresholds_decide_the_status(tmp_path: Path) -> None:
     fixed, moving = saved(tmp_path, 2)
     report = run(tmp_path, fixed, moving, "qc.min_similarity_gain=2", "oneshot.iterations=2").report
@@ -222,7 +236,7 @@ def test_thresholds_decide_the_status(tmp_path: Path) -> None:
 def test_memory_is_planned(tmp_path: Path) -> None:
     fixed, moving = phantom(3)
     free = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=0"))).report["planned_memory_mb"]
-    result = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=2", f"run.max_memory_gb={(free - 3) / 1024}")))
+    result = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=2", f"run.max_memory_gb={(free - 3) / 1024 / SHARE}")))
     assert result.report["planned_memory_mb"] <= free - 3
     assert np.prod(result.report["grids"]["network"]["size"]) < np.prod(SHAPE)
     assert any("lowered" in w for w in result.report["warnings"])

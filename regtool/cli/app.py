@@ -15,7 +15,7 @@ from types import FrameType  # noqa: E402
 import typer  # noqa: E402
 from rich.markup import escape  # noqa: E402
 
-from regtool.cli import cohort, doctor, evaluate, jacobian, methods, models, parameters, register, train, transform, warp  # noqa: E402
+from regtool.cli import cohort, doctor, evaluate, finetune_oneshot, jacobian, methods, models, parameters, register, train, transform, warp  # noqa: E402
 from regtool.cli.console import drop, stderr  # noqa: E402
 from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, GeometryError, InputError, RegtoolError  # noqa: E402
 
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.command()(register.register)
 app.command()(cohort.cohort)
 app.command()(train.train)
+app.command()(finetune_oneshot.finetune_oneshot)
 app.command()(warp.warp)
 app.command()(evaluate.evaluate)
 app.command()(jacobian.jacobian)

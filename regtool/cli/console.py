@@ -6,12 +6,16 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from regtool.workflows.oneshot import Progress as Told
 
 
 class Log(Console):
@@ -78,31 +82,42 @@ def logs(verbosity: int) -> None:
 
 
 @contextlib.contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, int, int, float], None] | None]:
-    """A bar with loss and time left on a terminal, a line every tenth elsewhere, nothing when quiet."""
+def progress(quiet: bool) -> Iterator[Told | None]:
+    """A bar with loss, similarity and time left on a terminal, a line every tenth elsewhere, nothing when quiet."""
     if quiet:
         yield None
         return
     if not stderr.is_terminal:
+        began: dict[str, float] = {}
 
-        def line(what: str, step: int, steps: int, loss: float) -> None:
+        def line(what: str, step: int, steps: int, loss: float, similarity: float | None = None, /) -> None:
+            now = time.monotonic()
+            if step == 1 or what not in began:
+                began[what] = now
             if step == 1 or step % max(1, steps // 10) == 0:
-                stderr.print(f"{what}: step {step} of {steps}, loss {loss:.4f}")
+                left = (now - began[what]) / max(1, step - 1) * (steps - step)
+                more = f", {clock(left)} left" if 1 < step < steps else ""
+                stderr.print(f"{what}: step {step} of {steps}, {_standing(loss, similarity)}{more}")
 
         yield line
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[standing]}"), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def update(what: str, step: int, steps: int, loss: float) -> None:
+        def update(what: str, step: int, steps: int, loss: float, similarity: float | None = None, /) -> None:
+            standing = _standing(loss, similarity)
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=steps, loss=loss)
-            bar.update(tasks[what], completed=step, loss=loss)
+                tasks[what] = bar.add_task(what, total=steps, standing=standing)
+            bar.update(tasks[what], completed=step, standing=standing)
 
         yield update
+
+
+def _standing(loss: float, similarity: float | None) -> str:
+    return f"loss {loss:.4f}" + ("" if similarity is None else f", similarity {similarity:.4f}")
 
 
 def clock(seconds: float) -> str:

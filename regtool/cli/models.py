@@ -15,7 +15,7 @@ Model = Annotated[str, typer.Argument(help="A model's name or file.")]
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """Models that come with regtool."""
+    """Models that come with regtool: what -m METHOD uses without --model."""
     from regtool.cli.console import emit
     from regtool.workflows.models import list_models
 
@@ -26,15 +26,21 @@ def list_(as_json: Json = False) -> None:
 
 @app.command()
 def info(model: Model, as_json: Json = False) -> None:
-    """What is in a model file: method, parameters, training, licence, citation."""
-    import json
-
+    """What is in a model file: method, training, scores, limits, licence, citation, and the parameters that are not the defaults (--json: all)."""
     from regtool.cli.console import emit
+    from regtool.workflows.models import changed_parameters
     from regtool.workflows.models import info as look
 
     card = look(model)
-    rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in card.items()]
+    rows = [(key, str(value)) for key, value in card.items() if key not in ("training", "parameters")]
+    for section, values in (*card["training"].items(), *changed_parameters(card).items()):
+        parts = values.items() if isinstance(values, dict) else [("", values)]
+        rows += [(f"{section} {name}".replace("_", " ").strip(), _text(value)) for name, value in parts if value is not None]
     emit(card, rows, as_json)
+
+
+def _text(value: object) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 @app.command()

@@ -83,7 +83,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Trained model, a name or a file. Left out: the method named by -m learns on the pair itself.",
+        help="Trained model, a name or a file. Left out: the one that comes with regtool for the method named by -m, where there is one. none: the "
+        "method learns on the pair itself.",
         metavar="NAME|FILE",
         rich_help_panel=METHOD,
         show_default=False,
@@ -134,6 +135,43 @@ Time = Annotated[
     typer.Option("--time", help="4-D moving image: a transform for each time point, or one for all.", rich_help_panel=METHOD, show_default=False),
 ]
 Qc = Annotated[bool | None, typer.Option("--qc/--no-qc", help="Write the quality page.", rich_help_panel=OUTPUT, show_default=False)]
+
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Folder to write. Left out: MOVING_to_FIXED, here.", metavar="DIR", rich_help_panel=OUTPUT, show_default=False
+    ),
+]
+FixedMask = Annotated[
+    Path | None,
+    typer.Option("--fixed-mask", help="Where the fixed image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
+]
+MovingMask = Annotated[
+    Path | None,
+    typer.Option("--moving-mask", help="Where the moving image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
+]
+FixedLabels = Annotated[
+    Path | None,
+    typer.Option(
+        "--fixed-labels", help="Label map of the fixed image: Dice before and after is reported.", rich_help_panel=EXTRA, show_default=False
+    ),
+]
+MovingLabels = Annotated[
+    Path | None,
+    typer.Option("--moving-labels", help="Label map of the moving image; it is warped too.", rich_help_panel=EXTRA, show_default=False),
+]
+FixedLandmarks = Annotated[
+    Path | None,
+    typer.Option(
+        "--fixed-landmarks",
+        help="Points in the fixed image (mm LPS): the target registration error is reported.",
+        rich_help_panel=EXTRA,
+        show_default=False,
+    ),
+]
+MovingLandmarks = Annotated[
+    Path | None, typer.Option("--moving-landmarks", help="The same points in the moving image.", rich_help_panel=EXTRA, show_default=False)
+]
 
 
 def settings(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from regtool.cli.console import emit, logs, progress
 from regtool.cli.options import (
-    EXTRA,
-    METHOD,
-    OUTPUT,
     Align,
     Device,
     Fixed,
+    FixedLabels,
+    FixedLandmarks,
+    FixedMask,
     FixedOption,
     FixHeader,
     Format,
@@ -27,7 +25,11 @@ from regtool.cli.options import (
     Method,
     Model,
     Moving,
+    MovingLabels,
+    MovingLandmarks,
+    MovingMask,
     MovingOption,
+    OutputFolder,
     Overwrite,
     ParameterFile,
     Qc,
@@ -51,48 +53,19 @@ def register(
     moving_option: MovingOption = None,
     method: Method = None,
     model: Model = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder to write. Left out: MOVING_to_FIXED, here.", metavar="DIR", rich_help_panel=OUTPUT, show_default=False
-        ),
-    ] = None,
+    output: OutputFolder = None,
     parameter_file: ParameterFile = None,
     overrides: Set = None,
     align: Align = None,
     initial_transform: InitialTransform = None,
     similarity: Similarity = None,
     refine: Refine = None,
-    fixed_mask: Annotated[
-        Path | None,
-        typer.Option("--fixed-mask", help="Where the fixed image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
-    ] = None,
-    moving_mask: Annotated[
-        Path | None,
-        typer.Option("--moving-mask", help="Where the moving image counts: above zero.", metavar="FILE", rich_help_panel=METHOD, show_default=False),
-    ] = None,
-    fixed_labels: Annotated[
-        Path | None,
-        typer.Option(
-            "--fixed-labels", help="Label map of the fixed image: Dice before and after is reported.", rich_help_panel=EXTRA, show_default=False
-        ),
-    ] = None,
-    moving_labels: Annotated[
-        Path | None,
-        typer.Option("--moving-labels", help="Label map of the moving image; it is warped too.", rich_help_panel=EXTRA, show_default=False),
-    ] = None,
-    fixed_landmarks: Annotated[
-        Path | None,
-        typer.Option(
-            "--fixed-landmarks",
-            help="Points in the fixed image (mm LPS): the target registration error is reported.",
-            rich_help_panel=EXTRA,
-            show_default=False,
-        ),
-    ] = None,
-    moving_landmarks: Annotated[
-        Path | None, typer.Option("--moving-landmarks", help="The same points in the moving image.", rich_help_panel=EXTRA, show_default=False)
-    ] = None,
+    fixed_mask: FixedMask = None,
+    moving_mask: MovingMask = None,
+    fixed_labels: FixedLabels = None,
+    moving_labels: MovingLabels = None,
+    fixed_landmarks: FixedLandmarks = None,
+    moving_landmarks: MovingLandmarks = None,
     inverse: Inverse = None,
     image_format: Format = None,
     time: Time = None,
@@ -152,13 +125,18 @@ def register(
     return 0 if report["status"] == "ok" else 4
 
 
+def _stages(found: dict[str, Any]) -> str:
+    return ", ".join(s["name"] + ("" if s["kept"] else " (not used)") for s in found["stages"])
+
+
 def summary(report: dict[str, Any], output: Path | None) -> list[tuple[str, str]]:
     """The short table."""
     similarity, jacobian, seconds = report["similarity"], report["jacobian"], report["seconds"]
-    kept = ", ".join(s["name"] + ("" if s["kept"] else " (not used)") for s in report["stages"])
+    kept = _stages(report)
+    undone = [t["name"] for t in report.get("time_points", ()) if _stages(t) != kept]
     rows = [
         ("method", ", ".join(x for x in (report["method"], report["model"]["name"]) if x)),
-        ("stages", kept),
+        ("stages", kept + (f"; otherwise at {', '.join(undone)}" if undone else "")),
         (f"similarity ({similarity['name']})", f"{similarity['before']:.4f} before, {similarity['after']:.4f} after"),
     ]
     for key, label, unit in (("dice", "Dice", ""), ("tre_mm", "landmark error", " mm")):

@@ -121,13 +121,14 @@ def train(
     request = Request(
         data, output, parameter_file, (*(overrides or ()), *texts), validation, atlas, atlas_labels, resume, overwrite, fix_header, command, synthetic
     )
-    with _view(quiet) as watch:
+    with view(quiet) as watch:
         report = work(request, watch)
     if "model" in report:  # of several processes the first one talks
-        emit(report, _summary(report, output), as_json)
+        emit(report, summary(report, output), as_json)
 
 
-def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+def summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+    """The short table."""
     rows = [
         ("method", str(report["method"])),
         ("pairs", f"{report.get('pairs', 'synthetic ones, no two alike,')} to learn from, {report['validation_pairs']} to validate with"),
@@ -141,7 +142,7 @@ def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
+def view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
     """A table that renews itself on a terminal, now and then a line elsewhere, nothing when quiet."""
     if quiet:
         yield None

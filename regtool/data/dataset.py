@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from regtool.data.batch import Batch, Points
-from regtool.data.preprocess import antialiased, is_there, network_grid, normalised, to_network
+from regtool.data.preprocess import antialiased, is_there, network_grid, normalised, one_channel, to_network
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Labels, Transform
@@ -108,7 +108,7 @@ class Dataset:
             image = read_image(entry.image, self.fix_header)
             if image.time is not None:
                 raise InputError(f"{entry.image} is a time series of {len(image.data)} images", tip="save single time points and list them")
-            return normalised(image, self.parameters.preprocess)
+            return normalised(one_channel(image, self.parameters.preprocess), self.parameters.preprocess)
 
         image = self._cache.get(("image", entry.image), read)
         self._grids[entry.image] = image.grid

@@ -15,11 +15,13 @@ from regtool.io.models import read_card, read_tensors, write_model
 from regtool.parameters import Parameters
 
 
-def load_model(path: Path, ndim: int | None = None, device: torch.device | None = None) -> tuple[Engine, dict[str, Any]]:
+def load_model(
+    path: Path, ndim: int | None = None, device: torch.device | None = None, parameters: Parameters | None = None
+) -> tuple[Engine, dict[str, Any]]:
     """The trained engine, ready to predict, and the model's card.
 
-    ndim: the images' dimension, None for whatever the model is made for. Raises ModelError for a damaged file, another dimension, an unknown
-    method, or weights that do not fit the engine exactly.
+    ndim: the images' dimension, None for whatever the model is made for; parameters: complete, those to learn on with; left out: the model's own.
+    Raises ModelError for a damaged file, another dimension, an unknown method, or weights that do not fit the engine exactly.
     """
     card = read_card(path)
     if ndim is not None and card["dimension"] != ndim:
@@ -32,7 +34,7 @@ def load_model(path: Path, ndim: int | None = None, device: torch.device | None 
             tip="upgrade regtool",
         )
     try:
-        engine = build(Parameters.model_validate(card["parameters"]), card["dimension"])
+        engine = build(parameters or Parameters.model_validate(card["parameters"]), card["dimension"])
     except (ValueError, ParameterError) as error:
         raise ModelError(
             f"{path}: its parameters are not those of this regtool: {str(error).splitlines()[0]}", tip="use the regtool version that wrote it"

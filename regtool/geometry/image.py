@@ -11,17 +11,21 @@ import torch
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Array, Grid
 
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: red, green, blue
+
 
 @dataclass(frozen=True, eq=False)
 class Image:
     """Intensities on a grid.
 
-    data: (C, *grid.shape) float32, channels first; time: (spacing, origin) of the channel axis where it is a time axis, in the file's unit.
+    data: (C, *grid.shape) float32, channels first; time: (spacing, origin) of the channel axis where it is a time axis, in the file's unit;
+    colour: whether the channels are red, green and blue.
     """
 
     data: torch.Tensor
     grid: Grid
     time: tuple[float, float] | None = None
+    colour: bool = False
 
     def __post_init__(self) -> None:
         _check_shape("image", self.data, self.grid, lead=1)
@@ -33,7 +37,13 @@ class Image:
 
     def channel(self, index: int) -> Image:
         """One channel or one time point as an image of its own."""
-        return replace(self, data=self.data[index : index + 1], time=None)
+        return replace(self, data=self.data[index : index + 1], time=None, colour=False)
+
+    def grey(self) -> Image:
+        """One channel: the only one as it is, the luminance of colours, else the mean over channels or time points."""
+        if self.colour:
+            return Image(torch.tensordot(torch.tensor(LUMA), self.data, dims=1)[None], self.grid)
+        return Image(self.data.mean(dim=0, keepdim=True), self.grid) if len(self.data) > 1 else self
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,23 +70,24 @@ def resize_voxels(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 def resample(image: Image, grid: Grid, outside: float | None = None, device: torch.device | None = None) -> Image:
     """`image` on another grid, through physical space, linear (as `sitk.Resample` with the identity). outside: default the image's minimum."""
     if image.grid.same_as(grid, tolerance=1e-6):
-        return Image(image.data, grid, image.time)
+        return Image(image.data, grid, image.time, image.colour)
     return warp(image, stay(grid.ndim), grid, outside, device)
 
 
 def warp(image: Image, transform: Transform, grid: Grid, outside: float | None = None, device: torch.device | None = None) -> Image:
     """`warped(x) = image(T(x))` on `grid`, linear, in float64 slabs: agrees with `sitk.Resample` to rounding, rim included.
 
-    outside: the value beyond the image, default its minimum. Raises GeometryError where dimensions disagree.
+    outside: the value beyond the image, default its minimum, of channels each its own. Raises GeometryError where dimensions disagree.
     """
     _same_dimension(image.grid, transform, grid)
-    value = image.minimum if outside is None else outside
     data = image.data.to(device=_device(device), dtype=_float(device))
+    several = outside is None and image.time is None and len(data) > 1
+    value = data.flatten(1).amin(dim=1, keepdim=True) if several else image.minimum if outside is None else outside
     out = torch.empty(image.data.shape[0], grid.voxels)
     for part, index in moving_indices(image.grid, transform, grid, device):
         values = sample(data, index)
         out[:, part] = torch.where(inside(index, image.grid.shape), values, value).float().cpu()
-    return Image(out.reshape(-1, *grid.shape), grid, image.time)
+    return Image(out.reshape(-1, *grid.shape), grid, image.time, image.colour)
 
 
 def warp_labels(labels: Labels, transform: Transform, grid: Grid, vote: bool = True, outside: int = 0, device: torch.device | None = None) -> Labels:

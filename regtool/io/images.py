@@ -13,7 +13,7 @@ import torch
 
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid, nearest_rotation, shear_degrees
-from regtool.geometry.image import DisplacementField, Image, Labels
+from regtool.geometry.image import LUMA, DisplacementField, Image, Labels
 from regtool.io import nifti
 from regtool.io.dicom import read_series
 from regtool.io.files import atomic, require_file
@@ -25,11 +25,12 @@ sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK writes to stderr; what 
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".tif", ".tiff", ".png", ".jpg", ".gipl", ".mgz", ".dcm")
 WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")  # the formats that keep geometry and any pixel type
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # whose fourth channel is no intensity but how much one sees through
 
 
 def read_image(path: Path, fix_header: bool = False) -> Image:
-    """An intensity image: float32, RGB(A) made grey, one slice made 2-D, the fourth axis a time axis, NaN replaced by the minimum.
+    """An intensity image: float32, several components as channels, grey RGB(A) as one, one slice made 2-D, the fourth axis a time axis,
+    NaN replaced by the minimum.
 
     path: a file, or a folder with a DICOM series. fix_header: repair directions that are no rotation, and spacings at or below zero.
     Raises InputError for what cannot be read, GeometryError for a header that cannot be used; each names the file.
@@ -38,14 +39,14 @@ def read_image(path: Path, fix_header: bool = False) -> Image:
     array, grid, time, components = _unpacked(source, path, fix_header, fixed)
     if np.iscomplexobj(array):
         raise InputError(f"{path} holds complex numbers", tip="save its magnitude first")
-    data = array.astype(np.float32) if components is None else _grey(array.astype(np.float32), components, array.dtype, path)
+    data, colour = (array.astype(np.float32), False) if components is None else _channels(array, components, path)
     finite = np.isfinite(data)
     if not finite.all():
         if not finite.any():
             raise InputError(f"{path} holds no finite number (all NaN)", tip="check how the image was made")
         log.warning("%s: %d voxels are NaN or infinite; they are taken as the image's minimum", path, int((~finite).sum()))
         data = np.where(finite, data, data[finite].min())
-    return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time)
+    return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time, colour)
 
 
 def read_labels(path: Path, fix_header: bool = False) -> Labels:
@@ -119,8 +120,8 @@ def to_sitk(array: np.ndarray, grid: Grid, vector: bool = False) -> sitk.Image:
 def from_sitk(image: sitk.Image, name: str = "image") -> Image:
     """A SimpleITK image in memory as an Image, by the rules of read_image."""
     array, grid, time, components = _unpacked(image, Path(name), False, False)
-    data = array.astype(np.float32) if components is None else _grey(array.astype(np.float32), components, array.dtype, Path(name))
-    return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time)
+    data, colour = (array.astype(np.float32), False) if components is None else _channels(array, components, Path(name))
+    return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time, colour)
 
 
 def image_to_sitk(image: Image) -> sitk.Image:
@@ -294,14 +295,19 @@ def _flattened(grid: Grid) -> tuple[Grid, int]:
     return Grid(size, spacing, tuple(origin.tolist()), nearest_rotation(block.ravel().tolist())), grid.ndim - 1 - drop
 
 
-def _grey(array: np.ndarray, components: int, dtype: np.dtype, path: Path) -> np.ndarray:
-    """(T, *shape, components): colours to one grey channel, other vectors to channels."""
-    if components in (3, 4) and dtype.kind in "ui" and len(array) == 1:
-        log.warning("%s is a colour image; its luminance is used", path)
-        return np.asarray(array[..., :3] @ LUMA, dtype=np.float32)
+def _channels(array: np.ndarray, components: int, path: Path) -> tuple[np.ndarray, bool]:
+    """((C, *shape) float32, whether that is red, green, blue) of (1, *shape, components). Colours that are all grey become one channel."""
     if len(array) > 1:
         raise InputError(f"{path} has both a time axis and {components} components", tip="save one component")
-    return np.moveaxis(array[0], -1, 0)
+    if components == len(LUMA) + 1 and (suffix_of(path) in PICTURES or array.dtype == np.uint8):
+        array = array[..., : len(LUMA)]
+    data = array[0].astype(np.float32)
+    if data.shape[-1] != len(LUMA) or array.dtype.kind != "u":
+        return np.moveaxis(data, -1, 0), False
+    if (data == data[..., :1]).all():
+        log.warning("%s is a colour image without colours; its luminance is used", path)
+        return np.asarray(data @ np.array(LUMA, dtype=np.float32), dtype=np.float32)[None], False
+    return np.moveaxis(data, -1, 0), True
 
 
 def _no_labels(path: Path, why: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Model files: safetensors (never unpickled) whose metadata is the model's card, readable without torch.
 
 Metadata: `format` = "regtool-model/1" and `card`, a JSON object: method, dimension, name, parameters (complete and resolved, preprocessing
-and grid included), training, licence, citation, tensors_sha256.
+and grid included), training, licence, citation, tensors_sha256. Weights may be stored in half precision. The models that come with regtool lie in one
+folder, METHOD_2d or METHOD_3d each, beside the list of their hashes (as `sha256sum` writes it).
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regtool.errors import ModelError, UsageError, did_you_mean
-from regtool.io.files import atomic, require_file
+from regtool.io.files import atomic, require_file, sha256, write_text
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "regtool-model/1"
 BUNDLED = Path(__file__).resolve().parents[1] / "weights"
+HASHES = "SHA256SUMS"
 LARGEST_HEADER = 100_000_000  # the safetensors format's own limit, bytes
 CARD: dict[str, type | tuple[type, ...]] = {
     "method": str, "dimension": int, "name": str, "parameters": dict, "training": dict, "licence": str, "citation": str, "tensors_sha256": str,
@@ -48,6 +50,23 @@ def find_model(name: str) -> Path:
 def bundled() -> list[Path]:
     """The model files that come with regtool, sorted."""
     return sorted(BUNDLED.glob("*.safetensors"))
+
+
+def bundled_model(method: str, ndim: int) -> Path | None:
+    """The model that comes with regtool for a method and a dimension; None where there is none."""
+    path = BUNDLED / f"{method}_{ndim}d.safetensors"
+    return path if path.exists() else None
+
+
+def is_bundled(path: Path) -> bool:
+    """Whether a model file is one that comes with regtool."""
+    return path.resolve().parent == BUNDLED.resolve()
+
+
+def write_hashes(folder: Path) -> None:
+    """The list that `sha256sum -c` and `read_tensors` verify a folder of bundled models by."""
+    rows = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors"))]
+    write_text(folder / HASHES, "".join(rows))
 
 
 def write_model(path: Path, tensors: Mapping[str, torch.Tensor], card: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,13 +103,19 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The weights, on the CPU. ModelError where the file is damaged, no regtool model, or holds weights that are not finite."""
+    """The weights, on the CPU, as they are stored.
+
+    ModelError where the file is damaged, no regtool model, or holds weights that are not finite; and where it lies among the models that come with
+    regtool but is not as it came.
+    """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     card = read_card(path)
     data = path.read_bytes()
+    if is_bundled(path):
+        _check_hash(path, data)
     if _tensors_sha256(data) != card["tensors_sha256"]:
         raise ModelError(f"{path} is damaged: its weights have changed since it was written", tip="copy or download it again")
     try:
@@ -145,6 +170,14 @@ def _check_card(card: Any, path: Path) -> None:
     for key, kind in CARD.items():
         if not isinstance(card.get(key), kind):
             raise ModelError(f"{path}: the model card has no valid {key!r}", tip="copy the file again, or write it with regtool")
+
+
+def _check_hash(path: Path, data: bytes) -> None:
+    """ModelError unless a bundled model is the one in the list of hashes."""
+    hashes = path.parent / HASHES
+    listed = hashes.read_text(encoding="utf-8").splitlines() if hashes.exists() else []
+    if f"{hashlib.sha256(data).hexdigest()}  {path.name}" not in listed:
+        raise ModelError(f"{path} is not the model that came with regtool: its hash is not the one in {HASHES}", tip="install regtool again")
 
 
 def _tensors_sha256(data: bytes) -> str:

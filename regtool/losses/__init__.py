@@ -11,6 +11,7 @@ from regtool.losses.gradients import lg, ngf
 from regtool.losses.information import mi
 from regtool.losses.regularity import bending, diffusion, folding, l2, tv
 from regtool.losses.similarity import lncc, mse, ncc
+from regtool.parameters import Measure
 
 # (fixed, warped, the section of the parameter file, weight or None) -> scalar, not yet multiplied by the section's weight
 SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
@@ -23,3 +24,16 @@ SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
     "lg": lambda fixed, warped, measure, weight=None: lg(fixed, warped, weight, measure.window or 7),
 }
 REGULARITIES: dict[str, Callable[..., torch.Tensor]] = {"diffusion": diffusion, "bending": bending, "tv": tv, "l2": l2, "folding": folding}
+
+
+def similarity(fixed: torch.Tensor, warped: torch.Tensor, measure: Measure, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """That of `measure.name`, of every channel by itself, and then their mean by `measure.channel_weights`; a scalar, higher is better.
+
+    fixed, warped: (N, C, *shape); weight: (N, 1, *shape) >= 0, where similarity counts. One channel has no weight beside another.
+    """
+    one, channels = SIMILARITIES[measure.name], fixed.shape[1]
+    if channels == 1:
+        return one(fixed, warped, measure, weight)
+    shares = measure.channel_weights or (1.0,) * channels
+    parts = [share * one(fixed[:, c : c + 1], warped[:, c : c + 1], measure, weight) for c, share in enumerate(shares)]
+    return torch.stack(parts).sum() / sum(shares)

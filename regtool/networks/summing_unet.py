@@ -24,7 +24,7 @@ class SummingUNet(nn.Module):
     def __init__(self, ndim: int, inputs: int, outputs: int, channels: Sequence[int], *, norm: str, dropout: float) -> None:
         super().__init__()
         self.multiple = 2 ** (len(channels) - 1)
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         steps = list(pairwise(reversed(channels)))
         self.down = nn.ModuleList(_pair(ndim, i, o, norm) for i, o in zip((inputs, *channels), channels, strict=False))
         self.up = nn.ModuleList(_normalised(UpsampleConv(ndim, below, here), here, norm) for below, here in steps)
@@ -38,7 +38,7 @@ class SummingUNet(nn.Module):
             skips.append(pair(average_pool(F.elu(skips[-1]), 2)))
         x = F.elu_(skips.pop())
         for up, pair in zip(self.up, self.fine, strict=True):
-            x = up(F.dropout(x, self.dropout, self.training)).add_(skips.pop())
+            x = up(self.dropout(x)).add_(skips.pop())
             x = F.elu_(pair(F.elu_(x)))
         return in_float32(self.head, x)
 

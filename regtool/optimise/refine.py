@@ -19,7 +19,7 @@ from regtool.deformation.dense import dense
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.geometry.sampling import resample, warp_voxels
-from regtool.losses import SIMILARITIES
+from regtool.losses import similarity
 from regtool.losses.regularity import diffusion
 from regtool.losses.supervision import landmark_distance, soft_dice
 from regtool.parameters import Measure, Refine
@@ -96,9 +96,7 @@ def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measur
     if pair.moving_mask is not None:
         carried = warp_voxels(pair.moving_mask, u.detach())
         weight = carried if weight is None else weight * carried
-    loss = (parameters.diffusion or 0.0) * diffusion(u, spacing) - SIMILARITIES[measure.name](
-        pair.fixed, warp_voxels(pair.moving, u), measure, weight
-    )
+    loss = (parameters.diffusion or 0.0) * diffusion(u, spacing) - similarity(pair.fixed, warp_voxels(pair.moving, u), measure, weight)
     if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
         loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
     if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from regtool.data.preprocess import antialiased, network_grid, normalised
+from regtool.data.preprocess import antialiased, network_grid, normalised, one_channel
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
@@ -88,7 +88,8 @@ def doctor(fixed: Path, moving: Path) -> Diagnosis:
         )
         return out
     out.pair = _placed(a, b)
-    found = align(images["fixed"], images["moving"], "auto", stay(a.ndim))
+    target, source = (one_channel(images[role], Preprocess()) for role in ("fixed", "moving"))
+    found = align(target, source, "auto", stay(a.ndim))
     out.pair["intensities_as_headers_say"] = _relation(images["fixed"], images["moving"], Affine.identity(a.ndim))
     if found.name != "none":
         out.pair[f"intensities_after_align_{found.name}"] = _relation(images["fixed"], images["moving"], found.affine)
@@ -200,8 +201,8 @@ def _relation(fixed: Image, moving: Image, alignment: Affine) -> dict[str, float
     common = torch.cat([torch.as_tensor(moving.grid.contains(points.numpy())) for _, points in grid_points(grid, transform)])
     if int(common.sum()) < FEW:
         return {}
-    a = warp(antialiased(normalised(fixed, scale), grid), stay(grid.ndim), grid).data.flatten()[common].double().numpy()
-    b = warp(antialiased(normalised(moving, scale), grid), transform, grid).data.flatten()[common].double().numpy()
+    a = warp(antialiased(normalised(one_channel(fixed, scale), scale), grid), stay(grid.ndim), grid).data.flatten()[common].double().numpy()
+    b = warp(antialiased(normalised(one_channel(moving, scale), scale), grid), transform, grid).data.flatten()[common].double().numpy()
     if a.std() == 0 or b.std() == 0:
         return {}
     joint = np.histogram2d(a, b, bins=BINS, range=((0, 1), (0, 1)))[0]

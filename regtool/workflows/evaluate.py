@@ -57,7 +57,7 @@ class Measured:
         check_pair(fixed, moving)
         if moving.time is not None:
             raise InputError(f"{request.moving} is a time series", tip="evaluate one time point at a time: extract it as a 3-D image")
-        return cls(fixed, moving, request, guides, protocol)
+        return cls(fixed.grey(), moving.grey(), request, guides, protocol)
 
     @cached_property
     def mask(self) -> torch.Tensor | None:

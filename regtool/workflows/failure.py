@@ -87,9 +87,10 @@ def _leave(error: Exception, known: Known, output: Path) -> None:
         frames: tuple[Frame, ...] = ()
         if known.fixed.grid.ndim == known.moving.grid.ndim:
             outside = known.resolved.parameters.run.outside
-            frames = (Frame("0", warp(known.moving.channel(0), known.before, known.fixed.grid, outside)),)
+            shown = known.moving.grey() if known.moving.time is None else known.moving.channel(0)
+            frames = (Frame("0", warp(shown, known.before, known.fixed.grid, outside)),)
         with staged_folder(output) as stage:
-            write_page(PageContent(page_title(*known.sources), known.fixed, frames, report), stage)
+            write_page(PageContent(page_title(*known.sources), known.fixed.grey(), frames, report), stage)
             write_text(stage / FAILED, strict_json(report) + "\n")
     except Exception as trouble:
         log.debug("no page of the failed run could be written: %s", trouble)

@@ -41,6 +41,14 @@ def info(model: str) -> dict[str, Any]:
     return {"file": str(path), "sha256": sha256(path), **read_card(path)}
 
 
+def changed_parameters(card: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Section by section, what a model's parameters say otherwise than the defaults; how runs of its training were made is left out."""
+    standard = Parameters().model_dump(mode="json")
+    sections = {name: values for name, values in card["parameters"].items() if isinstance(values, dict) and name != "run"}
+    changed = {name: {k: v for k, v in values.items() if v != standard.get(name, {}).get(k)} for name, values in sections.items()}
+    return {name: values for name, values in changed.items() if values}
+
+
 def verify(model: str) -> dict[str, Any]:
     """Whether a model's weights are those that were written, finite, and fit its method exactly; ModelError where not."""
     from regtool.engines._model import load_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -54,6 +54,15 @@ class Outcome:
     started: float
     guides: Guides
     before: Transform
+
+
+class Extra(Protocol):
+    """What a verb that does more than `register` adds to it."""
+
+    verb: str
+
+    def write(self, outcome: Outcome, report: dict[str, Any], stage: Path, name: str) -> dict[str, str]:
+        """Puts files into the folder that shall be called `name`, and into the report what is to say of them; their names by kind."""
 
 
 def evaluated(labels: tuple[Labels, Labels] | None, landmarks: tuple[Landmarks, Landmarks] | None, start: Transform, found: Transform) -> Evaluation:
@@ -105,7 +114,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
         "qc": [{"name": n, "value": v, "limit": lim, "passed": p} for n, v, lim, p in checks],
     }
     if len(outcome.done) > 1:
-        report["time_points"] = [_found(d) for d in outcome.done]
+        report["time_points"] = [{"name": f"time point {t}", **_found(d)} for t, d in enumerate(outcome.done)]
     if first.losses:
         report["losses"] = [round(x, 6) for x in first.losses]
     for when, values in (("before", outcome.evaluation.before), ("after", outcome.evaluation.after)):
@@ -114,7 +123,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
     return report
 
 
-def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], output: Path) -> None:
+def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], output: Path, extra: Extra | None = None) -> None:
     """All of the output folder or nothing; `report` gets its `outputs`, `seconds` and, with an inverse, `inverse_residual_mm`."""
     run, done, clock = outcome.resolved.parameters.run, outcome.done, outcome.clock
     with staged_folder(output) as stage:
@@ -128,8 +137,9 @@ def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshol
                 files["warped_labels"] = f"warped_labels.{run.format}"
                 write_labels(outcome.evaluation.warped_labels, stage / files["warped_labels"])
             pair = f"{_name(outcome.fixed_source)} {_name(outcome.moving_source)}"
-            opening = f"Repeats this registration:\nregtool register {pair} -p parameters.toml -o AGAIN"
+            opening = f"Repeats this registration:\nregtool {extra.verb if extra else 'register'} {pair} -p parameters.toml -o AGAIN"
             write_text(stage / "parameters.toml", dump(outcome.resolved.parameters, opening, outcome.resolved.engine_parameters))
+            files |= extra.write(outcome, report, stage, output.resolve().name) if extra else {}
         report["folder"], report["outputs"] = str(output.resolve()), files
         if run.qc:
             files["qc"] = "qc.html"
@@ -156,9 +166,9 @@ def _write_one(outcome: Outcome, one: Registered, stage: Path, tag: str, report:
 
 def _write_page(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], stage: Path) -> None:
     report["seconds"] = seconds(outcome)
-    frames = tuple(Frame(f"{t}", d.start, d.warped, d.displacement, d.determinant) for t, d in enumerate(outcome.done))
+    frames = tuple(Frame(f"{t}", d.start.grey(), d.warped.grey(), d.displacement, d.determinant) for t, d in enumerate(outcome.done))
     title = page_title(outcome.fixed_source, outcome.moving_source)
-    write_page(PageContent(title, outcome.fixed, frames, report, checks, _contours(outcome), _errors(outcome)), stage)
+    write_page(PageContent(title, outcome.fixed.grey(), frames, report, checks, _contours(outcome), _errors(outcome)), stage)
 
 
 def write_page(content: PageContent, folder: Path) -> None:

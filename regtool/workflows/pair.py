@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import continued, network_grid, prepared, to_network
+from regtool.data.preprocess import continued, network_grid, one_channel, prepared, seen, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.fields import JacobianStatistics, corner_determinant, jacobian_determinant, jacobian_statistics
+from regtool.geometry.fields import JacobianStatistics, compose, corner_determinant, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
 from regtool.geometry.sampling import displacement_on, grid_points, resample, stay, transform_points, warp, warp_labels
 from regtool.geometry.unfold import unfolded
-from regtool.losses import SIMILARITIES
+from regtool.losses import similarity
 from regtool.optimise.align import align
 from regtool.optimise.guard import Stage, objection
 from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
 from regtool.parameters import Grid as GridParameters
-from regtool.parameters import Parameters, Refine
-from regtool.workflows.oneshot import Progress, learn
+from regtool.parameters import Measure, Parameters, Refine
+from regtool.workflows.oneshot import Learned, Progress, learn
 from regtool.workflows.planner import Plan, make_plan
 from regtool.workflows.runtime import memory_limit_bytes
 from regtool.workflows.warp import invert_points
@@ -58,13 +58,23 @@ class Clock:
 
 @dataclass(frozen=True)
 class Setup:
-    """What does not change from pair to pair. engine: a trained one; None to learn on the pair, or for no network at all."""
+    """What does not change from pair to pair.
+
+    engine: a trained one, which `adapt` trains further on the pair; None to learn on the pair from scratch, or for no network at all.
+    """
 
     parameters: Parameters
     engine: Engine | None
     device: torch.device
     initial: Transform | None = None
     progress: Progress | None = None
+    adapt: bool = False
+    name: str = ""  # of the time point, where there are several
+
+    @property
+    def learns(self) -> bool:
+        """Whether a network is trained on the pair."""
+        return self.engine is None or self.adapt
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Guides:
 @dataclass(frozen=True)
 class Registered:
     """transform: everything composed, fixed to moving; displacement: the same, dense on the fixed grid; start: the moving image at the start;
-    measure: name of the similarity and why it was taken; similarity: before and after.
+    measure: name of the similarity and why it was taken; similarity: before and after; learned: the network trained on this pair, where one was.
     """
 
     transform: Transform
@@ -94,6 +104,7 @@ class Registered:
     stages: tuple[Stage, ...]
     plan: Plan
     losses: tuple[float, ...]
+    learned: Learned | None = None
 
 
 def check_pair(fixed: Image, moving: Image) -> None:
@@ -104,7 +115,7 @@ def check_pair(fixed: Image, moving: Image) -> None:
             tip="register images of one dimension; one-slice volumes count as 2-D",
         )
     for name, image in (("fixed", fixed), ("moving", moving)):
-        if float(image.data.max()) == float(image.data.min()):
+        if all(float(channel.max()) == float(channel.min()) for channel in image.data):
             raise InputError(
                 f"the {name} image is constant ({image.minimum:g} everywhere): there is nothing to register", tip="check the file and its window"
             )
@@ -113,24 +124,28 @@ def check_pair(fixed: Image, moving: Image) -> None:
 def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guides: Guides = Guides()) -> Registered:
     """The whole pipeline on two images. Raises GeometryError where they do not overlap and no alignment brings them together."""
     parameters = setup.parameters
-    check_pair(fixed, moving)
-    plan = make_plan(fixed.grid, moving.grid, parameters, setup.engine is None, memory_limit_bytes(parameters.run.max_memory_gb))
+    target, source, weights = seen(fixed, moving, parameters.preprocess, parameters.measure.channel_weights)
+    check_pair(target, source)
+    limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
+    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data))
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):
-        course = Course(fixed, moving, setup, plan.measuring_grid, before, guides)
+        course = Course(target, source, setup, plan.measuring_grid, before, guides, weights)
         _align(course)
         course.settle_measure()
         first = course.score if course.transform is before else course.measured(before)
-    _check_overlap(fixed.grid, moving.grid, course.transform)
+    _check_overlap(fixed.grid, moving.grid, course.transform, setup.initial)
     aligned = course.transform
     field: DisplacementField | None = None
-    losses: tuple[float, ...] = ()
+    learned: Learned | None = None
     if plan.network_grid is not None:
         with clock("network"):
-            field, losses = _network(course, plan.network_grid)
+            field, learned = _network(course, plan.network_grid)
+    losses = () if learned is None else learned.losses
     if plan.refine_grid is not None:
         with clock("refine"):
             losses += _refine(course, plan.refine_grid, aligned, field)
+    course.forget()
     with clock("warp"):
         displacement = displacement_on(course.transform, fixed.grid)
         outside = parameters.run.outside
@@ -151,18 +166,34 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
         tuple(course.stages),
         plan,
         losses,
+        learned,
     )  # fmt: skip
 
 
 class Course:
-    """A registration on its way: the transform so far, what it scores on the measuring grid, and the stages that led to it."""
+    """A registration on its way: the transform so far, what it scores on the measuring grid, and the stages that led to it.
 
-    def __init__(self, fixed: Image, moving: Image, setup: Setup, grid: Grid, transform: Transform, guides: Guides) -> None:
+    fixed, moving: equal numbers of channels, `weights` of them; greys: both in one channel, for what looks at one.
+    """
+
+    def __init__(
+        self,
+        fixed: Image,
+        moving: Image,
+        setup: Setup,
+        grid: Grid,
+        transform: Transform,
+        guides: Guides,
+        weights: tuple[float, ...] | None = None,
+    ) -> None:
         self.fixed, self.moving, self.setup, self.transform, self.guides = fixed, moving, setup, transform, guides
         self.grid = grid
+        scaling = setup.parameters.preprocess
+        self.greys = one_channel(fixed, scaling, weights), one_channel(moving, scaling, weights)
         self._ready: dict[tuple[int, tuple[int, ...]], Image] = {}
         self.target = self.tensor(fixed, stay(grid.ndim), grid)
-        self.measure = setup.parameters.measure
+        self._fixed_masks: dict[Grid, torch.Tensor] = {}
+        self.measure = setup.parameters.measure.model_copy(update={"channel_weights": weights})
         if self.measure.name == "auto":  # what suits the pair is seen once it is aligned; until then one that suits every pair
             self.measure = self.measure.model_copy(update={"name": "mi"})
         self.score = self.measured(transform)
@@ -170,23 +201,32 @@ class Course:
         self.modality = "as asked for"
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
-        """(1, 1, *grid.shape): the image through `transform` as networks and similarities see it."""
+        """(1, C, *grid.shape): the image, one of `greys` or with all channels, through `transform` as networks and similarities see it."""
         key = (id(image), grid.size)  # scaling and smoothing a whole image takes longer than the warp, and is the same every time
         if key not in self._ready:
-            mask = self.guides.fixed_mask if image is self.fixed else self.guides.moving_mask
+            mask = self.guides.fixed_mask if image in (self.fixed, self.greys[0]) else self.guides.moving_mask
             counting = image if mask is None else continued(image, mask)
             self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess)
         return to_network(self._ready[key], transform, grid).to(self.setup.device)
 
     def masks(self, transform: Transform, grid: Grid) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(1, 1, *grid.shape) in [0, 1]: the fixed mask, and the moving one through `transform`; None where none is given."""
-        given = ((self.guides.fixed_mask, stay(grid.ndim)), (self.guides.moving_mask, transform))
-        fixed, moving = (None if mask is None else warp(mask, t, grid, 0.0).data[None].to(self.setup.device) for mask, t in given)
-        return fixed, moving
+        fixed, moving, device = self.guides.fixed_mask, self.guides.moving_mask, self.setup.device
+        if fixed is not None and grid not in self._fixed_masks:
+            self._fixed_masks[grid] = warp(fixed, stay(grid.ndim), grid, 0.0).data[None].to(device)
+        return self._fixed_masks.get(grid), None if moving is None else warp(moving, transform, grid, 0.0).data[None].to(device)
 
-    def pair(self, transform: Transform, grid: Grid) -> Batch:
-        """Both images and what is known of them on `grid`, the moving ones through `transform`; labels and landmarks where they are learned from."""
-        fixed, moving = self.tensor(self.fixed, stay(grid.ndim), grid), self.tensor(self.moving, transform, grid)
+    def forget(self, but: Grid | None = None) -> None:
+        """Lets go of the images prepared for other grids than `but`: memory that what comes next may need."""
+        self._ready = {key: image for key, image in self._ready.items() if but is not None and key[1] == but.size}
+
+    def pair(self, transform: Transform, grid: Grid, grey: bool = False) -> Batch:
+        """Both images and what is known of them on `grid`, the moving ones through `transform`; labels and landmarks where they are learned from.
+
+        grey: in one channel, as networks see them.
+        """
+        images = self.greys if grey else (self.fixed, self.moving)
+        fixed, moving = self.tensor(images[0], stay(grid.ndim), grid), self.tensor(images[1], transform, grid)
         parameters, device = self.setup.parameters, self.setup.device
         by_labels, by_points = (max(getattr(parameters.refine, x), getattr(parameters.supervision, x)) > 0 for x in ("dice", "landmarks"))
         labels: list[torch.Tensor | None] = [None, None]
@@ -205,18 +245,20 @@ class Course:
         masks = [mask for mask in self.masks(transform, self.grid) if mask is not None]
         weight = math.prod(masks[1:], start=masks[0]) if masks else None
         with torch.no_grad():  # not inference mode: what is prepared in here is learned from later
-            return float(SIMILARITIES[self.measure.name](self.target, self.tensor(self.moving, transform, self.grid), self.measure, weight))
+            return float(similarity(self.target, self.tensor(self.moving, transform, self.grid), self.measure, weight))
 
     def settle_measure(self) -> None:
         """With the images aligned, `auto` becomes the similarity that suits them; the score is that one's from here on."""
         if self.setup.parameters.measure.name == "auto":
             rough, asked = (network_grid(self.grid, GridParameters(), n) for n in (ROUGH_VOXELS, ASKED_VOXELS))
-            images = Batch(self.tensor(self.fixed, stay(rough.ndim), rough), self.tensor(self.moving, self.transform, rough))
+            fixed, moving = self.greys
+            images = Batch(self.tensor(fixed, stay(rough.ndim), rough), self.tensor(moving, self.transform, rough))
             # where folds of one brain lie on those of another, local correlations say nothing of the modality
             u = refine(images, None, ROUGH, self.measure, rough.spacing).displacement
             roughly = Transform((DisplacementField.from_voxels(u.cpu(), rough),)).then(self.transform)
-            name, self.modality = similarity_for(self.tensor(self.fixed, stay(asked.ndim), asked), self.tensor(self.moving, roughly, asked))
+            name, self.modality = similarity_for(self.tensor(fixed, stay(asked.ndim), asked), self.tensor(moving, roughly, asked))
             self.measure = self.measure.model_copy(update={"name": name})
+            self.forget(but=self.grid)
             self.score = self.measured(self.transform)
 
     def offer(self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, forced: bool = False) -> bool:
@@ -234,7 +276,7 @@ class Course:
 def _align(course: Course) -> None:
     """The headers stay unless another start is clearly better; an alignment asked for by name is taken as it is."""
     started, method = time.perf_counter(), course.setup.parameters.align.method
-    found = align(course.fixed, course.moving, method, course.transform, course.guides.fixed_mask, course.guides.moving_mask)
+    found = align(*course.greys, method, course.transform, course.guides.fixed_mask, course.guides.moving_mask)
     if found.name == "none":
         note = "the headers already agree" if found.similarity else "not asked for"
         course.stages.append(Stage("align", False, time.perf_counter() - started, course.score, note))
@@ -242,19 +284,33 @@ def _align(course: Course) -> None:
     course.offer("align", Transform((found.affine,)).then(course.transform).simplified(), started, found.name, forced=method != "auto")
 
 
-def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, tuple[float, ...]]:
-    """(the network's field where it was taken, the losses where it was learned on this pair)."""
-    started, setup = time.perf_counter(), course.setup
-    batch = course.pair(course.transform, grid)
-    engine, losses = _engine(batch, setup)
+def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Learned | None]:
+    """(the network's field where it was taken, what was learned on this pair).
+
+    Trained weights see the pair again with the moving image as registered so far; what they find is composed with the field before, under guard.
+    """
+    started, setup, aligned = time.perf_counter(), course.setup, course.transform
+    batch = course.pair(aligned, grid, grey=True)
+    if course.fixed is not course.greys[0]:
+        log.info("the network sees one channel, the weighted mean of %d", len(course.fixed.data))
+    engine, learned = _engine(batch, setup, course.measure)
     # learning in bfloat16 would be twice as fast, but torch's CPU gradients are then not reproducible and now and then NaN
-    lower = setup.parameters.run.precision == "bf16" and setup.engine is not None
-    with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
-        u = engine.displacement(batch.fixed, batch.moving).float()
-    if not bool(torch.isfinite(u).all()):
-        raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
-    field = _offered(course, "network", DisplacementField.from_voxels(u.cpu(), grid), course.transform, started)
-    return field, losses
+    lower = setup.parameters.run.precision == "bf16" and not setup.learns
+    field: DisplacementField | None = None
+    for turn in range(1 if setup.learns else setup.parameters.run.passes):
+        moving = batch.moving if turn == 0 else course.tensor(course.greys[1], course.transform, grid)
+        with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
+            u = engine.displacement(batch.fixed, moving).float()
+        if not bool(torch.isfinite(u).all()):
+            raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
+        found = DisplacementField.from_voxels(u.cpu(), grid)
+        if field is not None:
+            found = compose(found, field)
+        taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, extra=turn > 0)
+        if taken is None:
+            break
+        field, started = taken, time.perf_counter()
+    return field, learned
 
 
 def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
@@ -266,12 +322,13 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
     return refined.losses
 
 
-def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float) -> DisplacementField | None:
-    """The field, repaired where it folds, if it was taken."""
+def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:
+    """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails."""
     field, folding, note = _repaired(field, course.setup.parameters)
     taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding)
     if not taken:
-        log.warning("%s was rolled back: %s", name, course.stages[-1].reason)
+        whose = f"{course.setup.name}: " if course.setup.name else ""
+        log.log(logging.INFO if extra else logging.WARNING, "%s%s was rolled back: %s", whose, name, course.stages[-1].reason)
     return field if taken else None
 
 
@@ -288,24 +345,33 @@ def _folding_percent(field: DisplacementField) -> float:
     return 100 * float((corner_determinant(field.to_voxels()) <= 0).double().mean())
 
 
-def _engine(batch: Batch, setup: Setup) -> tuple[Engine, tuple[float, ...]]:
-    """The trained engine, or one learned on this pair, and its losses."""
-    if setup.engine is not None:
-        return setup.engine, ()
+def _engine(batch: Batch, setup: Setup, measure: Measure) -> tuple[Engine, Learned | None]:
+    """The trained engine as it is, or what was learned on this pair, from it or from scratch."""
+    if setup.engine is not None and not setup.adapt:
+        return setup.engine, None
     torch.manual_seed(setup.parameters.run.seed)
-    learned = learn(build(setup.parameters, batch.fixed.dim() - 2).to(setup.device), batch, setup.parameters.oneshot, setup.progress)
-    return learned.engine, learned.losses
+    start = setup.engine or build(setup.parameters, batch.fixed.dim() - 2).to(setup.device)
+    learned = learn(start, batch, setup.parameters.oneshot, measure, trained=setup.engine is not None, progress=setup.progress)
+    return learned.engine, learned
 
 
-def _check_overlap(fixed: Grid, moving: Grid, transform: Transform) -> None:
-    """GeometryError where no fixed voxel lands in the moving image."""
-    if not any(
-        bool(moving.contains(transform_points(transform, points.numpy())).any()) for _, points in grid_points(lattice(fixed), stay(fixed.ndim))
-    ):
+def _check_overlap(fixed: Grid, moving: Grid, transform: Transform, initial: Transform | None) -> None:
+    """GeometryError where no fixed voxel lands in the moving image; a warning where the alignment had to mend what the initial transform did."""
+    thrown = initial is not None and not _overlap(fixed, moving, initial)
+    if not _overlap(fixed, moving, transform):
         raise GeometryError(
-            "the images do not overlap in physical space",
-            tip="--align auto or center brings their centres together; `regtool doctor` shows both geometries",
+            "the images do not overlap in physical space" + (" after the initial transform" if thrown else ""),
+            tip="--align auto or center brings their centres together; `regtool doctor` shows both geometries"
+            + ("; a transform takes fixed points to moving ones: `regtool transform invert` turns it round" if thrown else ""),
         )
+    if thrown:
+        log.warning("the initial transform throws the images apart; the alignment has brought them together again. Does it point the other way?")
+
+
+def _overlap(fixed: Grid, moving: Grid, transform: Transform) -> bool:
+    return any(
+        bool(moving.contains(transform_points(transform, points.numpy())).any()) for _, points in grid_points(lattice(fixed), stay(fixed.ndim))
+    )
 
 
 def lattice(grid: Grid, points: int = 20) -> Grid:

@@ -15,11 +15,12 @@ from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
+from regtool.parameters import NO_MODEL, Parameters
 from regtool.parameters import Grid as GridParameters
-from regtool.parameters import Parameters
 
 log = logging.getLogger("regtool")
-BASE = 440 * 2**20  # Python, torch and SimpleITK themselves
+SHARE = 0.8  # of a limit that predictions may fill: they were within a quarter of what whole commands took, and a limit is to be kept
+BASE = 490 * 2**20  # Python, torch and SimpleITK themselves, and what they load as they work
 LEARNING = 60 * 2**20  # what the first gradient loads
 FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
 ALIGNING = 5  # volumes of an image that is scaled and shrunk
@@ -76,19 +77,19 @@ def training_bytes(parameters: Parameters, shape: tuple[int, ...], engine: Engin
 
 
 def largest_shape(parameters: Parameters, shape: tuple[int, ...], limit_bytes: float) -> tuple[int, ...] | None:
-    """The largest shape of the same proportions, not above `shape`, whose training fits into `limit_bytes`; None where nothing does."""
+    """The largest shape of the same proportions, not above `shape`, whose training is sure to fit into `limit_bytes`; None where nothing does."""
     low, high = 0.0, 1.0
     engine = _outline(parameters, len(shape))
     for _ in range(12):
         middle = (low + high) / 2
-        fits = training_bytes(parameters, _scaled(shape, middle), engine) <= limit_bytes
+        fits = training_bytes(parameters, _scaled(shape, middle), engine) <= SHARE * limit_bytes
         low, high = (middle, high) if fits else (low, middle)
     return _scaled(shape, low) if low > 0 else None
 
 
 def check_training(parameters: Parameters, shape: tuple[int, ...], limit_bytes: int) -> None:
-    """OutOfMemory, naming the largest grid that fits, where training on pairs of `shape` is predicted to need more than `limit_bytes`."""
-    need = training_bytes(parameters, shape)
+    """OutOfMemory, naming the largest grid that fits, where training on pairs of `shape` may need more than `limit_bytes`."""
+    need = training_bytes(parameters, shape) / SHARE
     if need > limit_bytes:
         raise too_large(parameters, shape, limit_bytes, f"needs {need / 2**30:.3g} GB, {limit_bytes / 2**30:.3g} GB may be used")
 
@@ -109,7 +110,7 @@ def too_large(parameters: Parameters, shape: tuple[int, ...], limit_bytes: float
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the stages work (None: left out) and the predicted peak. measuring_grid: where similarities are compared."""
+    """Where the stages work (None: left out) and the predicted peak, without the margin. measuring_grid: where similarities are compared."""
 
     network_grid: Grid | None
     refine_grid: Grid | None
@@ -117,43 +118,50 @@ class Plan:
     peak_bytes: int
 
 
-def make_plan(fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int) -> Plan:
-    """Grids coarsened until the predicted peak fits into `limit_bytes`, which is said. training: the network is learned on the pair.
+def make_plan(
+    fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int, channels: tuple[int, int] = (1, 1), compared: int = 1
+) -> Plan:
+    """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
+    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at.
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
-    images = BASE + 4 * (fixed.voxels + moving.voxels)
-    aligning, warping = 4 * ALIGNING * max(fixed.voxels, moving.voxels), 4 * fixed.voxels * _warping(fixed.ndim, parameters)
+    limit = int(SHARE * limit_bytes)
+    images = BASE + 4 * (fixed.voxels * channels[0] + moving.voxels * channels[1])
+    if max(channels) > 1:  # the one channel made of several, and those that count
+        images += 4 * (fixed.voxels + moving.voxels) * (1 + compared)
+    aligning, warping = 4 * ALIGNING * max(fixed.voxels, moving.voxels), 4 * fixed.voxels * _warping(fixed.ndim, parameters, channels[1])
 
     def held(*grids: Grid) -> int:
-        """Both images as they are prepared for these grids, which stay until the end."""
-        return images + 4 * sum(prepared_voxels(own, grid) for own in (fixed, moving) for grid in grids)
+        """Both images as they are prepared for these grids."""
+        return images + 4 * compared * sum(prepared_voxels(own, grid) for own in (fixed, moving) for grid in grids)
 
     def learning(grid: Grid) -> int:
         return activation_bytes(parameters, grid.shape, training) + LEARNING * training
 
-    stages = [
-        stage for stage, asked in ((lambda g: _refining(g, parameters), parameters.refine.iterations > 0), (learning, parameters.method)) if asked
-    ]
+    def refined(grid: Grid) -> int:
+        return _refining(grid, parameters, compared)
+
+    stages = [stage for stage, asked in ((refined, parameters.refine.iterations > 0), (learning, parameters.method)) if asked]
     least = network_grid(fixed, GridParameters(max_voxels=64))
     lowest = held(least, least) + max(aligning, warping, *(stage(least) for stage in stages))
-    if lowest > limit_bytes:
-        raise _too_little(limit_bytes, lowest)
+    if lowest > limit:
+        raise _too_little(limit, lowest)
     network = refining = None
     needs = [aligning, warping]
     if parameters.refine.iterations > 0:
         section = GridParameters(max_voxels=parameters.refine.max_voxels)
-        refining = _fitting("refine", fixed, section, None, lambda g: held(g) + max(*needs, _refining(g, parameters)), limit_bytes)
-        needs.append(_refining(refining, parameters))
+        refining = _fitting("refine", fixed, section, None, lambda g: held(g) + max(*needs, refined(g)), limit)
+        needs.append(refined(refining))
     measured = [] if refining is None else [refining]
     if parameters.method is not None:
-        finest = FINEST_TRAINED if training and parameters.grid.max_voxels is None else None
-        network = _fitting("network", fixed, parameters.grid, finest, lambda g: held(*measured, g) + max(*needs, learning(g)), limit_bytes)
+        finest = FINEST_TRAINED if training and parameters.run.model in (None, NO_MODEL) and parameters.grid.max_voxels is None else None
+        network = _fitting("network", fixed, parameters.grid, finest, lambda g: held(*measured, g) + max(*needs, learning(g)), limit)
         needs.append(learning(network))
     measuring = refining or network
     if measuring is None:
         section = GridParameters(max_voxels=parameters.refine.max_voxels)
-        measuring = _fitting("measuring", fixed, section, None, lambda g: held(g) + max(needs), limit_bytes)
+        measuring = _fitting("measuring", fixed, section, None, lambda g: held(g) + max(needs), limit)
     return Plan(network, refining, measuring, held(*{measuring, network or measuring}) + max(needs))
 
 
@@ -166,25 +174,27 @@ def _fitting(name: str, fixed: Grid, section: GridParameters, finest: int | None
             raise _too_little(limit, peak(grid))
         grid = smaller
     if grid.size != first.size:
-        log.warning("%s grid lowered from %s to %s voxels to stay under %.3g GB", name, first.size, grid.size, limit / 2**30)
+        log.warning("%s grid lowered from %s to %s voxels to stay under %.3g GB", name, first.size, grid.size, limit / SHARE / 2**30)
     return grid
 
 
 def _too_little(limit: int, need: int) -> OutOfMemory:
+    """limit: what predictions may fill; both are named with the margin."""
+    given, least = (x / SHARE / 2**30 for x in (limit, need))
     return OutOfMemory(
-        f"{limit / 2**30:.3g} GB of memory is too little: this pair needs {math.ceil(need / 2**30 * 100 + 1) / 100:g} GB at least",
+        f"{given:.3g} GB of memory is too little: this pair needs {math.ceil(least * 100 + 1) / 100:g} GB at least",
         tip="raise --max-memory where the machine has more; else crop the images, or resample the fixed one to larger voxels",
     )
 
 
-def _refining(grid: Grid, parameters: Parameters) -> int:
+def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
     name = "lncc" if parameters.measure.name == "auto" else parameters.measure.name  # mi, the other that it may become, needs about as much
-    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + MEASURES[name])
+    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + MEASURES[name] * channels)
 
 
-def _warping(ndim: int, parameters: Parameters) -> int:
+def _warping(ndim: int, parameters: Parameters, channels: int) -> int:
     """Volumes at the end: the field, the image before and after, the determinants; and the field in voxels, or what ITK makes of it to write it."""
-    return ndim + 3 + (ndim if parameters.run.format == "nii.gz" else 4 * ndim)
+    return ndim + 1 + 2 * channels + (ndim if parameters.run.format == "nii.gz" else 4 * ndim)
 
 
 def _scaled(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:

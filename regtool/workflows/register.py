@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from regtool.data.preprocess import check_channels
 from regtool.errors import InputError, UsageError
 from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
 from regtool.geometry.sampling import resample, stay, warp
@@ -20,7 +21,7 @@ from regtool.io.points import read_points
 from regtool.io.transforms import read_transform
 from regtool.workflows.failure import Known, clear_failure, failure_page
 from regtool.workflows.oneshot import Progress
-from regtool.workflows.outcome import Outcome, evaluated, report_of, thresholds, write_folder
+from regtool.workflows.outcome import Extra, Outcome, evaluated, report_of, thresholds, write_folder
 from regtool.workflows.pair import Clock, Guides, Registered, Setup, register_pair
 from regtool.workflows.resolve import Resolved, resolve
 from regtool.workflows.runtime import configure, gathered_warnings, out_of_memory_explained, pick_device
@@ -63,12 +64,13 @@ class Result:
     report: dict[str, Any]
 
 
-def register(request: Request, progress: Progress | None = None, resolver: Resolver = resolve) -> Result:
+def register(request: Request, progress: Progress | None = None, resolver: Resolver = resolve, extra: Extra | None = None) -> Result:
     """Registers the moving image to the fixed one and writes the output folder, report.json last.
 
     Raises UsageError, ParameterError (exit 2), InputError, GeometryError, ModelError (3), OutOfMemory (5), OutputError (1). Nothing is written then,
     but for a quality page with what is known where the images had been read. A result beyond the `[qc]` thresholds is no exception:
-    `report["status"]` says `qc_failed`. resolver: `resolve`, or one that remembers.
+    `report["status"]` says `qc_failed`. resolver: `resolve`, or one that remembers. extra: the network learns on the pair in any case, and this is
+    handed what came of it.
     """
     started = time.perf_counter() if request.started is None else request.started
     clock = Clock({"start": time.perf_counter() - started})
@@ -82,6 +84,7 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
         with clock("read"):
             fixed, moving, guides = read_inputs(request)
             resolved = resolver(request.parameter_file, request.overrides, fixed.grid.ndim)
+            _judge_channels(fixed, moving, resolved.parameters.measure.channel_weights)
         run = resolved.parameters.run
         device = pick_device(run.device)
         configure(run.threads, run.seed)
@@ -91,7 +94,7 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
         sources = _source(request.fixed), _source(request.moving)
         known = Known(sources, fixed, moving, before, resolved, request.command, warnings, clock, started)
         with failure_page(known, request.output if run.qc else None), out_of_memory_explained():
-            done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress), clock, guides)
+            done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress, extra is not None), clock, guides)
         warped = done[0].warped
         if moving.time is not None:
             frames = [d.warped.data for d in done]
@@ -117,7 +120,7 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
         checks = thresholds(outcome)
         report = report_of(outcome, checks)
         if request.output is not None:
-            write_folder(outcome, report, checks, request.output)
+            write_folder(outcome, report, checks, request.output, extra)
     return Result(warped, tuple(d.displacement for d in done), tuple(d.transform for d in done), report)
 
 
@@ -150,6 +153,16 @@ def _read_pair(request: Request) -> tuple[Image, Image]:
     return fixed, moving
 
 
+def _judge_channels(fixed: Image, moving: Image, weights: tuple[float, ...] | None) -> None:
+    """InputError for weights that do not fit the channels; says where both images are looked at in one channel only."""
+    one = moving if moving.time is None else moving.channel(0)
+    check_channels(fixed, one, weights)
+    if len(fixed.data) != len(one.data):
+        log.warning(
+            "the fixed image has %d channels, the moving image %d: they are compared in one, the mean of each", len(fixed.data), len(one.data)
+        )
+
+
 def _mask(path: Path | None, name: str, image: Image, fix_header: bool) -> Image | None:
     """1 where the file is above zero. InputError for an empty mask, one of another dimension, or one that lies elsewhere than its image."""
     if path is None:
@@ -157,7 +170,7 @@ def _mask(path: Path | None, name: str, image: Image, fix_header: bool) -> Image
     read = read_image(path, fix_header)
     mask = Image((read.data.mean(dim=0, keepdim=True) > 0).float(), read.grid)
     if mask.grid.ndim != image.grid.ndim:
-        raise InputError(f"the {name} mask is {mask.grid.ndim}-D, its image {image.grid.ndim}-D")
+        raise InputError(f"the {name} mask {path} is {mask.grid.ndim}-D, its image {image.grid.ndim}-D", tip=f"check --{name}-mask")
     if not bool(mask.data.any()):
         raise InputError(f"the {name} mask {path} is empty: no voxel is above zero", tip="leave it out to use the whole image")
     if not mask.grid.same_as(image.grid, tolerance=0.1):
@@ -173,9 +186,12 @@ def _labels(request: Request, fixed: Image, moving: Image) -> tuple[Labels, Labe
         return None
     assert request.fixed_labels and request.moving_labels
     found = read_labels(request.fixed_labels, request.fix_header), read_labels(request.moving_labels, request.fix_header)
-    for name, labels, image in (("fixed", found[0], fixed), ("moving", found[1], moving)):
+    paths = request.fixed_labels, request.moving_labels
+    for name, path, labels, image in zip(("fixed", "moving"), paths, found, (fixed, moving), strict=True):
         if labels.grid.ndim != image.grid.ndim:
-            raise InputError(f"the {name} labels are {labels.grid.ndim}-D, their image is {image.grid.ndim}-D")
+            raise InputError(f"the {name} labels are {labels.grid.ndim}-D, their image is {image.grid.ndim}-D", tip=f"check --{name}-labels {path}")
+        if not labels.grid.overlap_percent(image.grid):
+            raise InputError(f"the {name} labels {path} lie apart from their image in space", tip="`regtool doctor` shows geometries")
         if not labels.grid.same_as(image.grid, tolerance=0.1):
             log.warning("the %s labels lie on another grid than their image (size %s against %s)", name, labels.grid.size, image.grid.size)
     return found
@@ -192,6 +208,11 @@ def _landmarks(request: Request, fixed: Image, moving: Image) -> tuple[Landmarks
         )
     for name, landmarks, image in (("fixed", found[0], fixed), ("moving", found[1], moving)):
         beyond = int((~image.grid.contains(landmarks.points)).sum())
+        if beyond == len(landmarks.points):
+            raise InputError(
+                f"all {beyond} {name} landmarks lie outside their image",
+                tip="points are mm, LPS: those of RAS files have x and y negated, voxel indices are no millimetres",
+            )
         if beyond:
             log.warning("%d of %d %s landmarks lie outside their image; are they in mm LPS?", beyond, len(landmarks.points), name)
     return found
@@ -209,4 +230,4 @@ def _frames(fixed: Image, moving: Image, setup: Setup, clock: Clock, guides: Gui
         return [register_pair(fixed, moving, setup, clock, guides)]
     if setup.parameters.run.time == "one":
         return [register_pair(fixed, Image(moving.data.mean(dim=0, keepdim=True), moving.grid), setup, clock, guides)]
-    return [register_pair(fixed, moving.channel(t), setup, clock, guides) for t in range(len(moving.data))]
+    return [register_pair(fixed, moving.channel(t), replace(setup, name=f"time point {t}"), clock, guides) for t in range(len(moving.data))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from regtool.engines import engine_section, names, read_parameters
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
 from regtool.errors import ModelError, ParameterError, did_you_mean
-from regtool.io.models import find_model, read_card
-from regtool.parameters import MODEL_SECTIONS, Parameters, Section
+from regtool.io.models import bundled_model, find_model, is_bundled, read_card
+from regtool.parameters import MODEL_SECTIONS, NO_MODEL, Parameters, Section
+
+log = logging.getLogger("regtool")
+DEFAULT_METHOD: str | None = None  # what -m left out means, with the weights that come with regtool; None: no network, the field is refined from zero
 
 
 @dataclass(frozen=True)
@@ -28,24 +32,39 @@ class Resolved:
 def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int | None) -> Resolved:
     """ndim: the images' dimension; None only validates and loads no weights.
 
+    Without `run.model` the method's own weights that come with regtool for that dimension are taken, unless the [engine] that is asked for is
+    another than theirs; where there are none, or with `run.model = "none"`, the method learns on the pair.
+
     Raises UsageError for an unknown method, ParameterError for a wrong parameter, ModelError for a model that is broken or does not fit.
     """
     asked = read_parameters(parameter_file, overrides)
-    if asked.run.model is None:
+    wanted = _bundled(asked, ndim) if asked.run.model is None else asked.run.model
+    if wanted is None or wanted == NO_MODEL:
         own = engine_section(asked, parameter_file, overrides)
         return Resolved(_with_engine(asked, own), own)
-    path = find_model(asked.run.model)
+    path = find_model(str(wanted))
     card = read_card(path)
     brought = _brought(card, path)
+    if asked.grid.size is not None:
+        brought.pop("grid", None)  # it goes without the model's spacing and limit
     parameters = read_parameters(parameter_file, overrides, brought)
     if parameters.method != card["method"]:
         raise ModelError(f"{path.name} is a {card['method']} model, not {parameters.method}", tip=f"use -m {card['method']}, or leave -m out")
     own = engine_section(parameters, parameter_file, overrides)
     if own != engine_section(read_parameters(None, (), brought)):
+        if asked.run.model is None:
+            log.warning("[engine] is not that of the weights that come with regtool (%s): the method learns on the pair", path.stem)
+            return resolve(parameter_file, (*overrides, f'run.model="{NO_MODEL}"'), ndim)
         raise ParameterError(f"[engine] differs from what {path.name} was trained with", tip="leave [engine] out where a model is given")
-    run = parameters.run.model_copy(update={"model": str(path.resolve())})
+    run = parameters.run.model_copy(update={"model": path.stem if is_bundled(path) else str(path.resolve())})
     parameters = _with_engine(parameters, own).model_copy(update={"run": run})
-    return Resolved(parameters, own, None if ndim is None else load_model(path, ndim)[0], card, path)
+    return Resolved(parameters, own, None if ndim is None else load_model(path, ndim, parameters=parameters)[0], card, path)
+
+
+def _bundled(asked: Parameters, ndim: int | None) -> Path | None:
+    """The model that comes with regtool for the method asked for, or left out; None where there is none."""
+    method = asked.method or DEFAULT_METHOD
+    return None if method is None or ndim is None else bundled_model(method, ndim)
 
 
 def _brought(card: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -26,7 +26,15 @@ log = logging.getLogger("regtool")
 MODEL, STATE, HISTORY, CURVES, PARAMETERS, REPORT, PAIRS = (
     "model.safetensors", "state.safetensors", "history.csv", "curves.png", "parameters.toml", "report.json", "pairs.png",
 )  # fmt: skip
-FREE = ("max_minutes", "validation_pairs", "validate_every", "checkpoint_every", "log_every", "tensorboard")  # of [train]: may change on resuming
+FREE = (
+    "max_minutes",
+    "patience",
+    "validation_pairs",
+    "validate_every",
+    "checkpoint_every",
+    "log_every",
+    "tensorboard",
+)  # of [train]: may change on resuming
 
 
 @dataclass

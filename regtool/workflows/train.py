@@ -20,7 +20,7 @@ from regtool.data.augment import augmented
 from regtool.data.batch import Batch
 from regtool.data.dataset import Dataset, Order
 from regtool.data.synthesis import synthetic
-from regtool.engines import build, engine_section, read_parameters
+from regtool.engines import engine_section, read_parameters
 from regtool.errors import InputError, OutOfMemory, ParameterError, UsageError
 from regtool.geometry.image import Affine, Image
 from regtool.geometry.sampling import stay
@@ -30,6 +30,8 @@ from regtool.io.pairs import Pairs, read_list, split
 from regtool.optimise.align import align
 from regtool.parameters import Parameters
 from regtool.workflows.planner import check_training, too_large
+from regtool.workflows.pretrained import first_engine, parent, pretrained
+from regtool.workflows.resolve import resolve
 from regtool.workflows.run_folder import MODEL, PAIRS, REPORT, STATE, Progress, RunFolder, numbers
 from regtool.workflows.runtime import configure, gathered_warnings, memory_limit_bytes, out_of_memory_explained, peak_memory_mb, pick_device, versions
 from regtool.workflows.signals import Asked, heeded
@@ -97,8 +99,14 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
         shape = _largest_shape([tuple(pair.fixed.shape[2:]) for part in (feed.some(), held_out.pairs()) for pair in part])
         most = limit if device.type != "cuda" else min(limit, torch.cuda.mem_get_info(device)[0])
         check_training(parameters, shape, most)
-        identity = {"pairs": feed.fingerprint, "validation pairs": held_out.fingerprint, "processes": ranks.world}
-        told = {**feed.told, "validation_pairs": held_out.count, "device": str(device)}
+        origin = parent(parameters)
+        identity = {
+            "model to start from": origin and origin["sha256"],
+            "pairs": feed.fingerprint,
+            "validation pairs": held_out.fingerprint,
+            "processes": ranks.world,
+        }
+        told = {**feed.told, "validation_pairs": held_out.count, "device": str(device), **({"parent": origin} if origin else {})}
         folder = RunFolder(request.output, parameters, identity, {**told, "seed": parameters.run.seed})
         with _memory_explained(parameters, shape, most), heeded() as asked, joined(ranks, device):
             torch.manual_seed(parameters.run.seed)
@@ -106,7 +114,7 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
             progress = _Course(
                 request,
                 parameters,
-                Trainer(build(_learning(parameters, request.synthetic), len(shape)), parameters, feed, device, ranks),
+                Trainer(first_engine(_learning(parameters, request.synthetic), len(shape)), parameters, feed, device, ranks),
                 folder,
                 watch,
             ).run(held_out.pairs, asked)
@@ -189,7 +197,7 @@ class _Course:
                 now = time.perf_counter()
                 progress.seconds = spent + now - began
                 late = section.max_minutes is not None and now - began >= 60 * section.max_minutes
-                stop, save = self._agreed(asked, late)
+                stop, save = self._agreed(asked, late or self._past_its_best())
                 last = stop or progress.step == section.steps
                 validated = first and ((last and asked.stop is None) or progress.step % section.validate_every == 0) and self._validate(held_out)
                 if first and (last or validated or progress.step % section.log_every == 0):
@@ -204,6 +212,13 @@ class _Course:
                 if stop:
                     break
         return progress
+
+    def _past_its_best(self) -> bool:
+        """Whether the held-out pairs have got no better for `train.patience` validations."""
+        patience, progress = self.section.patience, self.progress
+        return (
+            patience is not None and progress.best is not None and progress.validated_at - progress.best_at >= patience * self.section.validate_every
+        )
 
     def _begin(self, held_out: Callable[[], Iterable[Batch]]) -> None:
         """From the state in the folder, or from the start with a look at how the pairs are now."""
@@ -220,7 +235,6 @@ class _Course:
                 self.folder.draw_pairs([self.trainer.feed.pair(draw) for draw in range(DRAWN)])
             self._validate(held_out)
             self.progress.before = self.progress.latest
-            self.progress.best = None
 
     def _validate(self, held_out: Callable[[], Iterable[Batch]]) -> bool:
         """Looks at the held-out pairs, keeps the weights if they are the best so far; False where there are none."""
@@ -230,7 +244,7 @@ class _Course:
         if found is None:
             return False
         progress.latest, progress.validated_at = found, progress.step
-        if progress.step > 0 and (progress.best is None or found.score > progress.best.score):
+        if (progress.step > 0 or pretrained(self.parameters)) and (progress.best is None or found.score > progress.best.score):
             progress.best, progress.best_at = found, progress.step
             self.folder.save_model(self.trainer, progress)
         return True
@@ -282,11 +296,11 @@ def _parameters(request: Request) -> Parameters:
     if request.synthetic == (request.data is not None):
         raise UsageError("give either a list of pairs or --synthetic", tip="--synthetic makes its own pairs; `regtool train --help` shows both")
     parameters = read_parameters(request.parameter_file, request.overrides, SUPERVISED if request.synthetic else None)
+    if pretrained(parameters):
+        parameters = resolve(request.parameter_file, request.overrides, None).parameters
     own = engine_section(parameters, request.parameter_file, request.overrides)
     if own is None:
         raise UsageError("no method is named to train", tip="name one with -m; `regtool methods` lists them")
-    if parameters.run.model is not None:
-        raise UsageError("run.model has no meaning in a training", tip="leave it out; --resume goes on with a run")
     if request.synthetic and not any(weight for _, weight in parameters.supervision) and parameters.synthesis.similarity == 0:
         raise ParameterError(
             "supervision.dice, supervision.displacement and synthesis.similarity are all 0: there is nothing to learn from",

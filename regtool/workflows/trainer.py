@@ -27,7 +27,7 @@ from regtool.geometry.image import DisplacementField
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import SIMILARITIES
 from regtool.losses.supervision import displacement_error, landmark_distance, soft_dice
-from regtool.parameters import Measure, Parameters
+from regtool.parameters import Likeness, Parameters
 
 LOWEST_RATE = 0.01  # of the cosine schedule, as a part of the highest
 
@@ -243,7 +243,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def measured(engine: Engine, pair: Batch, measure: Measure, precision: torch.autocast) -> Validation:
+def measured(engine: Engine, pair: Batch, measure: Likeness, precision: torch.autocast) -> Validation:
     """One pair, N = 1, with the engine as it is."""
     with precision:
         u = engine.displacement(pair.fixed, pair.moving).float()

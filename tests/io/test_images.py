@@ -118,15 +118,18 @@ def test_vector_images_become_channels(tmp_path: Path, ndim: int) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "channels"), [(".png", 3), (".png", 4), (".jpg", 3), (".tif", 3)])
-def test_colour_becomes_grey_with_a_warning(tmp_path: Path, suffix: str, channels: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_colours_become_channels_and_grey_pictures_grey(tmp_path: Path, suffix: str, channels: int, caplog: pytest.LogCaptureFixture) -> None:
     pixels = np.full((20, 30, channels), 77, dtype=np.uint8)
+    logging.getLogger("regtool").propagate = True
+    sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=True), str(tmp_path / f"g{suffix}"))
+    assert read_image(tmp_path / f"g{suffix}").data.numpy() == pytest.approx(np.full((1, 20, 30), 77), abs=1e-3)
+    assert "colour" in caplog.text
     pixels[..., 1] = 200
     sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=True), str(tmp_path / f"c{suffix}"))
-    logging.getLogger("regtool").propagate = True
     image = read_image(tmp_path / f"c{suffix}")
-    assert "colour" in caplog.text
-    assert image.data.shape == (1, 20, 30)
-    assert float(image.data[0, 10, 10]) == pytest.approx(0.299 * 77 + 0.587 * 200 + 0.114 * 77, abs=3 if suffix == ".jpg" else 0.01)
+    assert image.data.shape == (3, 20, 30) and image.colour
+    assert image.data[:, 10, 10].tolist() == pytest.approx([77, 200, 77], abs=3 if suffix == ".jpg" else 0)
+    assert float(image.grey().data[0, 10, 10]) == pytest.approx(0.299 * 77 + 0.587 * 200 + 0.114 * 77, abs=3 if suffix == ".jpg" else 0.01)
 
 
 @pytest.mark.parametrize("suffix", [".gipl", ".hdr", ".img", ".vtk", ".mhd", ".nhdr", ".nrrd", ".nii"])

@@ -56,7 +56,7 @@ def test_failed_run_says_why(files: dict[str, Path], moving: str, error: type[Re
     assert report["status"] == "failed"
     assert report["error"] == {"type": error.__name__, "what": caught.value.what, "tip": caught.value.tip, "exit_code": 3}
     assert report["moving"]["path"] == str(files[moving].resolve())
-    assert "The run failed" in (out / "qc.html").read_text()
+    assert "The run failed" in (out / "qc.html").read_text(encoding="utf-8")
 
 
 def test_images_of_another_dimension(files: dict[str, Path], ndim: int, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from regtool.errors import DivergedError, InputError, OutOfMemory, OutputError, 
 from regtool.io import checkpoints
 from regtool.io.checkpoints import read_checkpoint
 from regtool.io.models import read_tensors
+from regtool.parameters import Parameters
+from regtool.workflows.planner import SHARE, training_bytes
 from regtool.workflows.run_folder import STATE
 from regtool.workflows.train import Moment, Request, train
 from tests.conftest import blobs
@@ -345,8 +347,10 @@ def test_bad_lists(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_training_too_large_says_which_grid_fits(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutOfMemory, match=r"28x24 voxels needs [\d.]+ GB, 0.588 GB may be used; the largest grid that fits is \d+x\d+") as error:
-        train(request(data, tmp_path / "run", "run.max_memory_gb=0.588", "train.steps=1"))
+    least, most = (training_bytes(Parameters(method="voxelmorph"), shape) / SHARE / 2**30 for shape in ((1, 1), (24, 28)))
+    limit = (least + 2 * most) / 3
+    with pytest.raises(OutOfMemory, match=r"28x24 voxels needs [\d.]+ GB, 0.\d+ GB may be used; the largest grid that fits is \d+x\d+") as error:
+        train(request(data, tmp_path / "run", f"run.max_memory_gb={limit}", "train.steps=1"))
     assert "grid.max_voxels" in str(error.value.tip)
 
 

@@ -1,0 +1,123 @@
+"""`regtool finetune-oneshot`: a network learns on the very pair it registers, or on a site's few pairs, and is kept (Ferrante et al. 2018)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from regtool.engines import read_parameters
+from regtool.engines._model import save_model
+from regtool.errors import InputError, UsageError
+from regtool.io.files import sha256
+from regtool.io.pairs import read_list
+from regtool.parameters import NO_MODEL, Parameters, Run
+from regtool.workflows import register, train
+from regtool.workflows.oneshot import Progress
+from regtool.workflows.outcome import Outcome
+from regtool.workflows.planner import FINEST_TRAINED
+from regtool.workflows.pretrained import pretrained
+from regtool.workflows.resolve import Resolved, resolve
+from regtool.workflows.run_folder import MODEL
+
+PAIR = {"refine": {"iterations": 0}, "oneshot": {"iterations": 50}}
+CONVERGED = ("oneshot.iterations=3000", "oneshot.patience=300")  # overrides; 3000: what the paper calls convergence
+SITE = {"train": {"steps": 500, "learning_rate": 1e-4, "validate_every": 20, "patience": 5, "checkpoint_every": 100, "log_every": 5}}
+HELD_OUT = 0.25  # of a site's pairs; one at least
+
+
+def finetune(request: register.Request, from_scratch: bool = False, progress: Progress | None = None) -> register.Result:
+    """`register` with a network that learns on the pair, from a model's weights or from scratch; the folder gets model.safetensors too.
+
+    Defaults are those of `register` but for PAIR. The model file it starts from is only read. Of a time series the mean is registered. Raises what
+    `register` raises; UsageError without a method, and for both a model and `from_scratch`.
+    """
+    if request.output is None:
+        raise UsageError("no folder is named for the result and the model", tip="name one with -o")
+    asked = read_parameters(request.parameter_file, request.overrides, PAIR)
+    if from_scratch and pretrained(asked):
+        raise UsageError(f"from scratch or from {asked.run.model}?", tip="--from-scratch goes without --model")
+    more = ('run.time="one"', *([f'run.model="{NO_MODEL}"'] if from_scratch else []))
+    request = replace(request, overrides=(*request.overrides, *_settled(asked, PAIR), *more))
+    return register.register(request, progress, _resolved, _Adapted())
+
+
+def finetune_site(request: train.Request, watch: train.Watch | None = None) -> dict[str, Any]:
+    """`train` from a model's weights on a few pairs, until those held out get no better; returns what report.json holds.
+
+    Defaults are those of `train` but for SITE, and HELD_OUT where no validation list is given. Raises what `train` raises; UsageError without a
+    model, InputError where nothing can be held out.
+    """
+    asked = read_parameters(request.parameter_file, request.overrides, SITE)
+    if not pretrained(asked):
+        raise UsageError("a list of pairs adapts a trained model, and none is named", tip="name it with --model; `regtool train` learns from scratch")
+    table = SITE
+    if request.data is not None and request.validation is None:
+        count = len(read_list(request.data))
+        if count < 2:
+            raise InputError(
+                f"{request.data} lists one pair: none can be held out, and nothing would stop over-fitting",
+                tip="list two at least or give --validation; a single pair: `regtool finetune-oneshot FIXED MOVING`",
+            )
+        table = {"train": {**SITE["train"], "validation_share": max(HELD_OUT, 1 / count)}}
+        asked = read_parameters(request.parameter_file, request.overrides, table)
+    return train.train(replace(request, overrides=(*request.overrides, *_settled(asked, table))), watch)
+
+
+def _settled(asked: Parameters, table: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """What the parameters that a verb has other defaults of come to, as overrides."""
+    found = ((section, key, getattr(getattr(asked, section), key)) for section, keys in table.items() for key in keys)
+    return tuple(f"{section}.{key}={json.dumps(value)}" for section, key, value in found)
+
+
+def _resolved(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int | None) -> Resolved:
+    resolved = resolve(parameter_file, overrides, ndim)
+    if resolved.parameters.method is None:
+        raise UsageError(
+            "neither model nor method is named: there is no network", tip="--model NAME|FILE, or -m METHOD; `regtool methods` lists them"
+        )
+    return resolved
+
+
+class _Adapted:
+    """The network that learned on the pair, as a model file with its card."""
+
+    verb = "finetune-oneshot"
+
+    def write(self, outcome: Outcome, report: dict[str, Any], stage: Path, name: str) -> dict[str, str]:
+        """model.safetensors; `model` of the report becomes it, `finetuning` says how it came about."""
+        learned, resolved = outcome.done[0].learned, outcome.resolved
+        assert learned is not None
+        card = resolved.card or {}
+        sources = {"fixed": outcome.fixed_source, "moving": outcome.moving_source}
+        record = {
+            "parent": report["model"] if resolved.card is not None else None,
+            "pair": {side: {"file": None if path is None else path.name, "sha256": report[side].get("sha256")} for side, path in sources.items()},
+            "steps": len(learned.losses) - 1 if learned.losses else 0,
+            "best_step": learned.steps,
+            "learning_rate": learned.rate,
+            "loss": dict(zip(("before", "after"), learned.loss, strict=True)),
+            "similarity": {"name": learned.measure, **dict(zip(("before", "after"), learned.similarity, strict=True))},
+            "diverged": learned.diverged,
+        }
+        save_model(
+            stage / MODEL,
+            learned.engine,
+            _of_model(resolved),
+            name=name,
+            training=record,
+            licence=card.get("licence", ""),
+            citation=card.get("citation", ""),
+        )
+        report["finetuning"], report["model"] = record, {"name": name, "sha256": sha256(stage / MODEL)}
+        return {"model": MODEL}
+
+
+def _of_model(resolved: Resolved) -> Parameters:
+    """The parameters without what was true of this run alone; with the limit of the grid that a network learned from scratch on."""
+    parameters = resolved.parameters.model_copy(update={"run": Run(seed=resolved.parameters.run.seed)})
+    grid = parameters.grid
+    if resolved.card is None and grid.size is None and grid.max_voxels is None:
+        return parameters.model_copy(update={"grid": grid.model_copy(update={"max_voxels": FINEST_TRAINED})})
+    return parameters

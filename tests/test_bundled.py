@@ -1,0 +1,215 @@
+"""Models that come with regtool: found by method and dimension, verified by their hash, half as large; and a second look where it helps."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regtool.engines import build, read_parameters
+from regtool.engines._model import load_model, save_model
+from regtool.errors import ModelError
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import Image
+from regtool.io import models
+from regtool.parameters import Parameters
+from regtool.workflows import resolve as resolving
+from regtool.workflows.models import changed_parameters, list_models
+from regtool.workflows.models import info as card_of
+from regtool.workflows.register import Request, register
+from regtool.workflows.resolve import resolve
+
+SMALL = ("method=pyramid", "engine.channels=[4,6]", "engine.hidden=[4,6]", "engine.integration_steps=4", "grid.max_voxels=400")
+QUICK = ("refine.iterations=0", "align.method=none", "oneshot.iterations=2", "run.qc=false", "measure.name=mse")
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of bundled models with a 2-D and a 3-D pyramid that move things."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for ndim in (2, 3):
+        torch.manual_seed(ndim)
+        parameters = read_parameters(None, SMALL)
+        engine = build(parameters, ndim)
+        with torch.no_grad():
+            for update in engine.network.decoder:  # type: ignore[union-attr]
+                update.head.weight.add_(0.05 * torch.randn_like(update.head.weight))  # type: ignore[operator, union-attr]
+        save_model(folder / f"pyramid_{ndim}d.safetensors", engine, parameters, name=f"pyramid_{ndim}d", training={"steps": 1, "limits": "tests"})
+    models.write_hashes(folder)
+    monkeypatch.setattr(models, "BUNDLED", folder)
+    return folder
+
+
+def blob(ndim: int, shift: float, n: int = 32) -> Image:
+    x = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float32)] * ndim, indexing="ij")) - n / 2
+    x[-1] -= shift
+    grid = Grid((n,) * ndim, (1.0,) * ndim, (0.0,) * ndim, tuple(np.eye(ndim).ravel().tolist()))
+    return Image(torch.exp(-x.square().sum(0) / 20)[None], grid)
+
+
+def test_a_method_uses_its_own_weights(weights: Path, ndim: int) -> None:
+    found = resolve(None, ("method=pyramid",), ndim)
+    assert found.engine is not None
+    assert found.model == weights / f"pyramid_{ndim}d.safetensors"
+    assert found.parameters.run.model == f"pyramid_{ndim}d"  # a name, so that the resolved parameters are good on another machine
+    assert found.parameters.grid.max_voxels == 400
+    again = resolve(None, ("method=pyramid", f'run.model="{found.parameters.run.model}"'), ndim)
+    assert again.parameters == found.parameters
+    assert resolve(None, ("method=pyramid",), None).engine is None
+    assert resolve(None, ("method=voxelmorph",), ndim).engine is None
+
+
+@pytest.mark.parametrize("more", [('run.model="none"',), ("engine.channels=[4,8]", "engine.hidden=[4,6]")], ids=["none", "another engine"])
+def test_learning_on_the_pair_instead(weights: Path, caplog: pytest.LogCaptureFixture, more: tuple[str, ...]) -> None:
+    found = resolve(None, ("method=pyramid", *more), 2)
+    assert found.engine is None
+    assert found.card is None
+    assert found.parameters.run.model == "none"
+    assert ("learns on the pair" in caplog.text) == ("engine" in more[0])
+
+
+def test_left_out_means_the_default_method(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "DEFAULT_METHOD", None)
+    assert resolve(None, (), 2).parameters.method is None
+    monkeypatch.setattr(resolving, "DEFAULT_METHOD", "pyramid")
+    assert resolve(None, (), 2).parameters.method == "pyramid"
+    assert resolve(None, ('run.model="none"',), 2).parameters.method is None
+    monkeypatch.setattr(resolving, "DEFAULT_METHOD", "dirnet")
+    assert resolve(None, (), 2).parameters.method is None  # it has no weights
+
+
+def test_a_size_replaces_the_models_grid(weights: Path) -> None:
+    grid = resolve(None, ("method=pyramid", "grid.size=[16,20]"), 2).parameters.grid
+    assert grid.size == (16, 20)
+    assert grid.max_voxels is None
+
+
+def test_hashes_are_those_of_sha256sum(weights: Path) -> None:
+    for line in (weights / "SHA256SUMS").read_text().splitlines():
+        value, name = line.split("  ")
+        assert value == hashlib.sha256((weights / name).read_bytes()).hexdigest()
+    assert [m["name"] for m in list_models()] == ["pyramid_2d", "pyramid_3d"]
+    assert changed_parameters(card_of("pyramid_2d"))["grid"] == {"max_voxels": 400}
+
+
+@pytest.mark.parametrize("how", ["another model", "no list", "a changed card"])
+def test_a_changed_file_is_refused(weights: Path, how: str) -> None:
+    """Also where the file is sound in itself."""
+    path = weights / "pyramid_2d.safetensors"
+    if how == "another model":
+        parameters = read_parameters(None, SMALL)
+        save_model(path, build(parameters, 2), parameters, name="pyramid_2d", training={})
+    elif how == "no list":
+        (weights / "SHA256SUMS").unlink()
+    else:
+        path.write_bytes(path.read_bytes().replace(b"tests", b"costs"))
+    with pytest.raises(ModelError, match=r"pyramid_2d\.safetensors is not the model that came with regtool"):
+        resolve(None, ("method=pyramid",), 2)
+    shutil.move(path, weights.parent / "m.safetensors")
+    assert load_model(weights.parent / "m.safetensors")  # anywhere else it is a model like others
+
+
+def test_half_precision_is_read_as_single(weights: Path, tmp_path: Path, ndim: int) -> None:
+    path = weights / f"pyramid_{ndim}d.safetensors"
+    tensors, card = models.read_tensors(path), models.read_card(path)
+    models.write_model(tmp_path / "h.safetensors", {k: x.half() for k, x in tensors.items()}, card)
+    assert (tmp_path / "h.safetensors").stat().st_size < path.stat().st_size
+    engine = load_model(tmp_path / "h.safetensors")[0]
+    for name, x in engine.state_dict().items():
+        assert x.dtype == torch.float32
+        assert torch.equal(x, tensors[name].half().float())
+
+
+class Halfway(torch.nn.Module):
+    """Finds half of what is left of a shift along x, in blobs; the other way round where `wrong`."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.wrong, self.calls = wrong, 0
+
+    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = torch.arange(fixed.shape[-1], dtype=torch.float32)
+        there = [float((image * x).sum() / image.sum()) for image in (fixed, moving)]
+        u = torch.zeros(1, fixed.dim() - 2, *fixed.shape[2:])
+        u[:, 0] = (there[1] - there[0]) / 2 * (-1 if self.wrong and self.calls > 1 else 1)
+        return u
+
+
+@pytest.mark.parametrize(("passes", "wrong", "expected"), [(1, False, 2.0), (2, False, 3.0), (3, False, 3.5), (3, True, 2.0)])
+def test_passes_are_composed_while_they_help(
+    ndim: int, passes: int, wrong: bool, expected: float, monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> None:
+    engine = Halfway(wrong)
+
+    def stands_in(*_: object) -> resolving.Resolved:
+        parameters = read_parameters(None, (*SMALL, *QUICK, f"run.passes={passes}", "grid.max_voxels=1000000"))
+        assert isinstance(parameters, Parameters)
+        return resolving.Resolved(parameters, None, engine)  # type: ignore[arg-type]
+
+    result = register(Request(blob(ndim, 0.0), blob(ndim, 4.0)), resolver=stands_in)
+    inner = (slice(None), *[slice(10, 22)] * ndim)
+    found = result.displacements[0].data[inner].numpy()
+    assert np.abs(found[0] - expected).max() < 0.1
+    assert np.abs(found[1:]).max() < 1e-3
+    names = [(s["name"], s["kept"]) for s in result.report["stages"]][1:]
+    kept = [("network", True), *[(f"network pass {k}", not wrong) for k in range(2, passes + 1)]]
+    assert names == (kept[:2] if wrong else kept)
+    assert not any("rolled back" in w for w in result.report["warnings"])
+
+
+def test_register_says_which_weights(weights: Path, ndim: int) -> None:
+    pair = blob(ndim, 0.0), blob(ndim, 2.0)
+    report = register(Request(*pair, overrides=("method=pyramid", *QUICK))).report
+    assert report["model"] == {
+        "name": f"pyramid_{ndim}d",
+        "sha256": hashlib.sha256((weights / f"pyramid_{ndim}d.safetensors").read_bytes()).hexdigest(),
+    }
+    assert np.prod(report["grids"]["network"]["size"]) <= 400
+    learned = register(Request(*pair, overrides=("method=pyramid", 'run.model="none"', *QUICK))).report
+    assert learned["model"] == {"name": "learned on this pair", "sha256": None}
+
+
+def test_what_comes_with_this_version() -> None:
+    """Every bundled model is listed, whole, of a known method, and all of them together are small."""
+    files = models.bundled()
+    assert sum(file.stat().st_size for file in files) <= 25e6
+    for file in files:
+        engine, card = load_model(file)
+        assert file.stem == card["name"] == f"{card['method']}_{engine.ndim}d"
+        assert {"steps", "minutes", "device", "data", "limits"} <= card["training"].keys()
+        assert card["licence"]
+
+
+def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
+    """A run becomes a model in half precision that says what it is, and moves things as it did."""
+    spec = importlib.util.spec_from_file_location("bundle_weights", Path(__file__).resolve().parents[1] / "examples" / "bundle_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    run, folder, results = tmp_path / "run", tmp_path / "weights", tmp_path / "results.json"
+    run.mkdir()
+    parameters = read_parameters(None, (*SMALL, f"synthesis.size={[24] * ndim}"))
+    save_model(run / "model.safetensors", build(parameters, ndim), parameters, name="run", training={"steps": 7, "device": "cpu"})
+    row = {"set": "hearts", "method": "pyramid", "dimension": ndim, "measure": "Dice", "pairs": 3, "before": 0.5}
+    rows = {"a": {**row, "refined": False, "after": 0.6}, "b": {**row, "refined": True, "after": 0.7}, "c": {**row, "method": "unet"}}
+    results.write_text(json.dumps(rows))
+    monkeypatch.setattr("sys.argv", ["bundle_weights.py", str(run), "--results", str(results), "--folder", str(folder)])
+    script.main()
+    monkeypatch.setattr(models, "BUNDLED", folder)
+    path = folder / f"pyramid_{ndim}d.safetensors"
+    card = load_model(path)[1]
+    assert path.stat().st_size < 0.8 * (run / "model.safetensors").stat().st_size
+    assert card["training"]["scores"] == {"hearts": {"measure": "Dice", "pairs": 3, "before": 0.5, "network": 0.6, "network and refining": 0.7}}
+    assert card["training"]["steps"] == 7
+    assert "half precision" in card["training"]["stored"]
+    assert card["parameters"]["grid"]["max_voxels"] == {2: 16384, 3: 300_000}[ndim]
+    assert resolve(None, ("method=pyramid",), ndim).model == path
