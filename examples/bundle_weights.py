@@ -24,7 +24,7 @@ from regtool.engines._model import load_model
 from regtool.io.models import BUNDLED, read_card, read_tensors, write_hashes, write_model
 from regtool.parameters import Parameters
 
-MAX_VOXELS = {2: 128 * 128, 3: 300_000}  # of the network grid
+MAX_VOXELS = {2: 256 * 256, 3: 300_000}  # of the network grid
 MOST_DRIFT = 0.05  # voxels
 MOST_MEGABYTES = 25.0
 PAIRS = 8

@@ -238,10 +238,13 @@ class Refine(Section):
     max_voxels: int = Field(900_000, ge=64, description="of the finest level; the displacement is kept on that grid")
     step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")
     diffusion: float | None = Field(
-        None, ge=0, description="factor of the mean squared gradient of the displacement, mm over mm; left out: 10 for mi, 1 for the others"
+        None, ge=0, description="factor of the mean squared gradient of the displacement, mm over mm; left out: 10 for mi, 0.5 for the others"
     )
     smoothings: int | None = Field(
         None, ge=0, le=8, description="times that the field is averaged over three voxels along each axis before it warps; left out: 6 for mi, else 2"
+    )
+    symmetric: bool = Field(
+        False, description="both directions at once, by a velocity: images exchanged give the inverse, nothing folds; some four times as long"
     )
     dice: float = Field(0.0, ge=0, description="factor of 1 - mean soft Dice, where labels are given; 0: labels only evaluate")
     landmarks: float = Field(0.0, ge=0, description="factor of the mean distance of landmarks in voxels, where they are given; 0: they only evaluate")
@@ -273,7 +276,7 @@ class Run(Section):
         "trained weights, the method learns on the pair",
     )
     passes: int = Field(
-        2, ge=1, le=4, description="times that trained weights see the pair, each time as registered so far; a further pass stays only where it helps"
+        3, ge=1, le=4, description="times that trained weights see the pair, each time as registered so far; a further pass stays only where it helps"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")

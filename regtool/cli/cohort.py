@@ -35,6 +35,7 @@ from regtool.cli.options import (
     Seed,
     Set,
     Similarity,
+    Symmetric,
     Threads,
     Time,
     Verbose,
@@ -91,6 +92,7 @@ def cohort(
     initial_transform: InitialTransform = None,
     similarity: Similarity = None,
     refine: Refine = None,
+    symmetric: Symmetric = None,
     inverse: Inverse = None,
     image_format: Format = None,
     time: Time = None,
@@ -138,7 +140,9 @@ def cohort(
     if resume and overwrite:
         raise UsageError("--resume keeps what is finished, --overwrite does not", tip="choose one of them")
     part = _shard(shard)
-    given = settings(method, model, align, initial_transform, similarity, refine, inverse, image_format, time, device, threads, max_memory, seed, qc)
+    given = settings(
+        method, model, align, initial_transform, similarity, refine, symmetric, inverse, image_format, time, device, threads, max_memory, seed, qc
+    )
     from regtool.workflows.cohort import Request
     from regtool.workflows.cohort import cohort as work
 

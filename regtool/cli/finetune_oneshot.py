@@ -40,6 +40,7 @@ from regtool.cli.options import (
     Seed,
     Set,
     Similarity,
+    Symmetric,
     Threads,
     Verbose,
     pair,
@@ -104,6 +105,7 @@ def finetune_oneshot(
     moving_labels: MovingLabels = None,
     fixed_landmarks: FixedLandmarks = None,
     moving_landmarks: MovingLandmarks = None,
+    symmetric: Symmetric = None,
     inverse: Inverse = None,
     image_format: Format = None,
     fix_header: FixHeader = False,
@@ -130,7 +132,9 @@ def finetune_oneshot(
     """
     from regtool.cli.app import STARTED
 
-    given = settings(method, model, align, initial_transform, similarity, refine, inverse, image_format, None, device, threads, max_memory, seed, qc)
+    given = settings(
+        method, model, align, initial_transform, similarity, refine, symmetric, inverse, image_format, None, device, threads, max_memory, seed, qc
+    )
     if model is not None and similarity not in (None, "auto"):
         given += (f'similarity.name="{similarity}"',)  # of what is learned, which for `register --model` is over
     command = shlex.join(["regtool", *sys.argv[1:]])

@@ -123,6 +123,15 @@ Refine = Annotated[
         show_default=False,
     ),
 ]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--one-way",
+        help="Register both ways at once when refining: images exchanged give the inverse field. Writes the inverse too.",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
 Inverse = Annotated[
     bool | None,
     typer.Option("--inverse/--no-inverse", help="Write the inverse displacement too, with its residual.", rich_help_panel=OUTPUT, show_default=False),
@@ -181,6 +190,7 @@ def settings(
     initial_transform: Path | None,
     similarity: str | None,
     refine: str | None,
+    symmetric: bool | None,
     inverse: bool | None,
     image_format: str | None,
     time: str | None,
@@ -199,7 +209,8 @@ def settings(
         "measure.name": similarity,
         "similarity.name": None if model is not None or similarity == "auto" else similarity,
         "refine.iterations": _iterations(refine),
-        "run.inverse": inverse,
+        "refine.symmetric": symmetric,
+        "run.inverse": True if symmetric and inverse is None else inverse,
         "run.format": image_format,
         "run.time": time,
         "run.device": device,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ENOUGH = "the images match already"
 TOLERANCE = 1e-6  # of the similarity: rounding is no loss
+LEAST = 1e-3  # part of the similarity that deforming must gain: on images that match already it would follow nothing but noise
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,12 @@ class Stage:
     reason: str = ""
 
 
-def objection(before: float, after: float, folding_percent: float, max_folding_percent: float) -> str:
-    """Why a stage must be rolled back, or "" where it may stay. NaN counts as worse."""
+def objection(before: float, after: float, folding_percent: float, max_folding_percent: float, least: float = 0.0) -> str:
+    """Why a stage must be rolled back, or "" where it may stay. NaN counts as worse. least: what it must gain, as a part of `before`."""
     if not after >= before - TOLERANCE:
         return f"similarity would fall from {before:.6g} to {after:.6g}"
+    if after - before < least * abs(before):
+        return f"similarity would hardly rise, from {before:.6g} to {after:.6g}: {ENOUGH}"
     if folding_percent > max_folding_percent:
         return f"{folding_percent:.3g} % of the voxels would fold, {max_folding_percent:g} % are allowed"
     return ""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from regtool.data.batch import Batch, Points
 from regtool.data.preprocess import antialiased
 from regtool.deformation.dense import dense
+from regtool.geometry.fields import exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.geometry.sampling import resample, warp_voxels
@@ -27,7 +28,8 @@ from regtool.parameters import Measure, Refine
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
 STIFFNESS = {"mi": (10.0, 6)}  # factor of diffusion and number of smoothings, by similarity
-SUPPLE = (1.0, 2)  # of the others
+SUPPLE = (0.5, 2)  # of the others
+SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 Progress = Callable[[str, int, int, float], None]
 
 
@@ -52,6 +54,10 @@ def refine(
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
     a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that
     roughness is that of millimetres over millimetres; left out: all alike.
+
+    With `parameters.symmetric` a stationary velocity v is moved instead (from zero: no start), exp(v) takes the moving image to the fixed one and
+    exp(-v) the fixed image to the moving one, and the mean of both similarities is raised (Avants 2008): the pair exchanged gives the inverse,
+    and nothing folds.
     """
     parameters = stiffness(parameters, measure)
     size = tuple(pair.fixed.shape[2:])
@@ -67,10 +73,10 @@ def refine(
         relative = [s / math.prod(steps) ** (1 / len(steps)) for s in steps]
         optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
         patience = max(3, iterations // 10)
+        first = len(losses)
         for step in range(iterations):
             optimiser.zero_grad(set_to_none=True)
-            u = _smoothed(raw, parameters.smoothings or 0)
-            loss = _objective(here, u, parameters, measure, relative)
+            loss = _both_ways(here, _smoothed(raw, parameters.smoothings or 0), parameters, measure, relative)
             loss.backward()
             optimiser.step()
             losses.append(float(loss.detach()))
@@ -78,9 +84,10 @@ def refine(
                 progress("refining", len(losses), total, losses[-1])
             if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
                 break
-        displacement = _smoothed(raw.detach(), parameters.smoothings or 0)
-    assert displacement is not None
-    return Refined(_at_scale(displacement, size, pair.fixed), tuple(losses))
+        if losses[first] - losses[-1] > FLAT:  # Adam takes whole steps even where nothing is left to gain
+            displacement = _smoothed(raw.detach(), parameters.smoothings or 0)
+    found = _at_scale(displacement, size, pair.fixed)
+    return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
 
 
 def stiffness(parameters: Refine, measure: Measure) -> Refine:
@@ -91,12 +98,22 @@ def stiffness(parameters: Refine, measure: Measure) -> Refine:
     return parameters.model_copy(update=chosen)
 
 
-def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measure, spacing: Sequence[float]) -> torch.Tensor:
+def _both_ways(pair: Batch, field: torch.Tensor, parameters: Refine, measure: Measure, spacing: Sequence[float]) -> torch.Tensor:
+    """What is lowered: of the displacement `field` there, or, symmetric, of the velocity `field` there and back."""
+    rough = (parameters.diffusion or 0.0) * diffusion(field, spacing)
+    if not parameters.symmetric:
+        return rough + _objective(pair, field, parameters, measure)
+    there, back = exponential(torch.cat([field, -field]), SQUARINGS).chunk(2)
+    return rough + (_objective(pair, there, parameters, measure) + _objective(pair.swapped(), back, parameters, measure)) / 2
+
+
+def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
+    """Minus the similarity, and what labels and landmarks say."""
     weight = pair.fixed_mask
     if pair.moving_mask is not None:
         carried = warp_voxels(pair.moving_mask, u.detach())
         weight = carried if weight is None else weight * carried
-    loss = (parameters.diffusion or 0.0) * diffusion(u, spacing) - similarity(pair.fixed, warp_voxels(pair.moving, u), measure, weight)
+    loss = -similarity(pair.fixed, warp_voxels(pair.moving, u), measure, weight)
     if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
         loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
     if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:

@@ -23,7 +23,7 @@ from regtool.geometry.sampling import displacement_on, grid_points, resample, st
 from regtool.geometry.unfold import unfolded
 from regtool.losses import similarity
 from regtool.optimise.align import align
-from regtool.optimise.guard import Stage, objection
+from regtool.optimise.guard import ENOUGH, LEAST, Stage, objection
 from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
 from regtool.parameters import Grid as GridParameters
@@ -228,7 +228,8 @@ class Course:
         images = self.greys if grey else (self.fixed, self.moving)
         fixed, moving = self.tensor(images[0], stay(grid.ndim), grid), self.tensor(images[1], transform, grid)
         parameters, device = self.setup.parameters, self.setup.device
-        by_labels, by_points = (max(getattr(parameters.refine, x), getattr(parameters.supervision, x)) > 0 for x in ("dice", "landmarks"))
+        sections = [parameters.refine, *([parameters.supervision] if self.setup.learns else [])]
+        by_labels, by_points = (any(getattr(section, x) > 0 for section in sections) for x in ("dice", "landmarks"))
         labels: list[torch.Tensor | None] = [None, None]
         points: list[tuple[torch.Tensor, ...]] = [(), ()]
         if by_labels and self.guides.labels is not None:
@@ -261,10 +262,12 @@ class Course:
             self.forget(but=self.grid)
             self.score = self.measured(self.transform)
 
-    def offer(self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, forced: bool = False) -> bool:
-        """Takes the candidate unless it scores worse or folds too much (`forced`: in any case); notes the stage. Whether it was taken."""
+    def offer(
+        self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, least: float = 0.0, forced: bool = False
+    ) -> bool:
+        """Takes the candidate unless it does not gain `least`, or folds too much (`forced`: in any case); notes the stage. Whether it was taken."""
         after = self.measured(candidate)
-        why = "" if forced else objection(self.score, after, folding_percent, self.setup.parameters.guard.max_folding_percent)
+        why = "" if forced else objection(self.score, after, folding_percent, self.setup.parameters.guard.max_folding_percent, least)
         if why:
             self.stages.append(Stage(name, False, time.perf_counter() - started, self.score, ": ".join(x for x in (note, why) if x)))
             return False
@@ -316,6 +319,8 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
 def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses."""
     started, parameters = time.perf_counter(), course.setup.parameters
+    if parameters.refine.symmetric:
+        aligned, start = course.transform, None  # the velocity is that of what is still to be moved
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
     refined = refine(course.pair(aligned, grid), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
     _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started)
@@ -325,10 +330,11 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
 def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:
     """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails."""
     field, folding, note = _repaired(field, course.setup.parameters)
-    taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding)
+    taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding, LEAST)
     if not taken:
         whose = f"{course.setup.name}: " if course.setup.name else ""
-        log.log(logging.INFO if extra else logging.WARNING, "%s%s was rolled back: %s", whose, name, course.stages[-1].reason)
+        harmless = extra or course.stages[-1].reason.endswith(ENOUGH)
+        log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", whose, name, course.stages[-1].reason)
     return field if taken else None
 
 

@@ -15,7 +15,7 @@ from regtool.io.models import bundled_model, find_model, is_bundled, read_card
 from regtool.parameters import MODEL_SECTIONS, NO_MODEL, Parameters, Section
 
 log = logging.getLogger("regtool")
-DEFAULT_METHOD: str | None = None  # what -m left out means, with the weights that come with regtool; None: no network, the field is refined from zero
+DEFAULT_METHOD: str | None = "pyramid"  # of `register` without -m, where its weights for the dimension are in the package
 
 
 @dataclass(frozen=True)
