@@ -211,5 +211,5 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert card["training"]["scores"] == {"hearts": {"measure": "Dice", "pairs": 3, "before": 0.5, "network": 0.6, "network and refining": 0.7}}
     assert card["training"]["steps"] == 7
     assert "half precision" in card["training"]["stored"]
-    assert card["parameters"]["grid"]["max_voxels"] == {2: 16384, 3: 300_000}[ndim]
+    assert card["parameters"]["grid"]["max_voxels"] == {2: 65_536, 3: 300_000}[ndim]
     assert resolve(None, ("method=pyramid",), ndim).model == path

@@ -22,7 +22,7 @@ from tests.test_cli import call
 
 SIZE = {2: (30, 26), 3: (16, 18, 14)}
 SHIFT = 1.5
-QUICK = ("run.threads=1", "align.method=none", "measure.name=ncc", "refine.iterations=40")
+QUICK = ("run.threads=1", "run.model=none", "align.method=none", "measure.name=ncc", "refine.iterations=40")
 
 
 def ball(ndim: int, shift: float = 0.0) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_warped_keeps_all_channels_each_with_its_own_outside(tmp_path: Path, ndi
     write_image(moving, tmp_path / "m.nrrd")
     shift = sitk.TranslationTransform(ndim, [float(SIZE[ndim][-1]) / 2] + [0.0] * (ndim - 1))
     sitk.WriteTransform(shift, str(tmp_path / "t.tfm"))
-    overrides = (*QUICK[:2], "refine.iterations=0", f"run.initial_transform={tmp_path / 't.tfm'}")
+    overrides = (*QUICK[:3], "refine.iterations=0", f"run.initial_transform={tmp_path / 't.tfm'}")
     register(Request(tmp_path / "f.nii.gz", tmp_path / "m.nrrd", tmp_path / "out", overrides=overrides))
     warped = sitk.ReadImage(str(tmp_path / "out" / "warped.nii.gz"))
     source = sitk.ReadImage(str(tmp_path / "m.nrrd"))

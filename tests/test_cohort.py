@@ -245,7 +245,7 @@ def test_resume(tmp_path: Path, inline: None, nothing_to_do: Callable[[], None],
 
 def test_what_is_written_is_what_register_reports(tmp_path: Path, inline: None) -> None:
     source, out = listed(tmp_path, 2), tmp_path / "out"
-    cohort(Request(source, out, overrides=(*QUICK, "qc.min_dice=0.999")))
+    cohort(Request(source, out, overrides=(*QUICK, "qc.min_dice=0.999", "run.model=none")))
     for row in table(out):
         report = json.loads((out / row["id"] / "report.json").read_text())
         assert row["status"] == "qc_failed" and row["exit_code"] == "4" and row["error"].startswith("min_dice is 0.")

@@ -316,7 +316,7 @@ def test_bad_input(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "x.nii" in text and "y.nii" in text and "2" in text and "3" in text  # both, with their lines
     (cohort / "half.csv").write_text("id,fixed,moving,fixed_labels,moving_labels\na,p0/fixed.nii.gz,p0/moving.nii.gz,p0/fixed_labels.nii.gz,\n")
     assert "half.csv:2: labels are given for one image only" in said(3, cohort / "half.csv")
-    grid = Grid.regular((9, 9), 3.0)
+    grid = Grid.regular((9, 9), 3.0)  # lies over the image
     write_labels(Labels(torch.ones(1, 9, 9, dtype=torch.int64), grid), cohort / "other.nii.gz")
     both = ("--fixed-labels", cohort / "other.nii.gz", "--moving-labels", cohort / "p0" / "moving_labels.nii.gz")
     assert "another grid than their image" in said(0, f, m, *both)

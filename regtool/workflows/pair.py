@@ -60,7 +60,8 @@ class Clock:
 class Setup:
     """What does not change from pair to pair.
 
-    engine: a trained one, which `adapt` trains further on the pair; None to learn on the pair from scratch, or for no network at all.
+    engine: a trained one, which `adapt` trains further on the pair; None to learn on the pair from scratch, or for no network at all. by_default:
+    nobody asked for it, so that it is no loss where it does not help.
     """
 
     parameters: Parameters
@@ -70,6 +71,7 @@ class Setup:
     progress: Progress | None = None
     adapt: bool = False
     name: str = ""  # of the time point, where there are several
+    by_default: bool = False
 
     @property
     def learns(self) -> bool:
@@ -333,7 +335,7 @@ def _offered(course: Course, name: str, field: DisplacementField, base: Transfor
     taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding, LEAST)
     if not taken:
         whose = f"{course.setup.name}: " if course.setup.name else ""
-        harmless = extra or course.stages[-1].reason.endswith(ENOUGH)
+        harmless = extra or (name == "network" and course.setup.by_default) or course.stages[-1].reason.endswith(ENOUGH)
         log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", whose, name, course.stages[-1].reason)
     return field if taken else None
 

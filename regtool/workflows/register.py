@@ -94,7 +94,13 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
         sources = _source(request.fixed), _source(request.moving)
         known = Known(sources, fixed, moving, before, resolved, request.command, warnings, clock, started)
         with failure_page(known, request.output if run.qc else None), out_of_memory_explained():
-            done = _frames(fixed, moving, Setup(resolved.parameters, engine, device, initial, progress, extra is not None), clock, guides)
+            done = _frames(
+                fixed,
+                moving,
+                Setup(resolved.parameters, engine, device, initial, progress, extra is not None, by_default=resolved.by_default),
+                clock,
+                guides,
+            )
         warped = done[0].warped
         if moving.time is not None:
             frames = [d.warped.data for d in done]

@@ -20,13 +20,16 @@ DEFAULT_METHOD: str | None = "pyramid"  # of `register` without -m, where its we
 
 @dataclass(frozen=True)
 class Resolved:
-    """parameters: complete, the engine's table included; engine: trained, or None where there is none or it learns on the pair."""
+    """parameters: complete, the engine's table included; engine: trained, or None where there is none or it learns on the pair; by_default: nobody
+    asked for its weights.
+    """
 
     parameters: Parameters
     engine_parameters: Section | None
     engine: Engine | None = None
     card: dict[str, Any] | None = None
     model: Path | None = None
+    by_default: bool = False
 
 
 def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int | None) -> Resolved:
@@ -58,7 +61,8 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
         raise ParameterError(f"[engine] differs from what {path.name} was trained with", tip="leave [engine] out where a model is given")
     run = parameters.run.model_copy(update={"model": path.stem if is_bundled(path) else str(path.resolve())})
     parameters = _with_engine(parameters, own).model_copy(update={"run": run})
-    return Resolved(parameters, own, None if ndim is None else load_model(path, ndim, parameters=parameters)[0], card, path)
+    engine = None if ndim is None else load_model(path, ndim, parameters=parameters)[0]
+    return Resolved(parameters, own, engine, card, path, by_default=asked.method is None and asked.run.model is None)
 
 
 def _bundled(asked: Parameters, ndim: int | None) -> Path | None:
