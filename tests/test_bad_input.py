@@ -574,7 +574,7 @@ PARAMETERS = [
     *bad_set("oneshot.iterations=many", "--set oneshot.iterations=many: oneshot.iterations: .*integer"),
     *bad_set("oneshot.iterations=", "--set oneshot.iterations=: oneshot.iterations: .*integer"),
     *bad_set("oneshot.iterations.x=3", "--set oneshot.iterations.x=3"),
-    *bad_set("engine.variatn=vm1", r"engine\.variatn: unknown parameter", "parameters init"),
+    *bad_set("engine.variatn=vm1", r"engine\.variatn: (unknown parameter|\[engine\] needs a method)", "-m|parameters init"),
     *bad_set("engine=3", "--set engine=3: engine: .*dictionary"),
     *bad_set("method=voxelmorf", "did you mean 'voxelmorph'"),
     *bad_set("run.threads=100000", "run.threads: .*1024")[1:],

@@ -27,7 +27,7 @@ from regtool.engines import names, parameters_of, read_parameters
 from regtool.parameters import Oneshot, Parameters, Preprocess, Run, dump, load
 from tests.conftest import blobs
 
-QUICK = ("-m", "voxelmorph", "--refine", "none", "--set", "oneshot.iterations=2", "--threads", "1", "--no-qc")
+QUICK = ("-m", "voxelmorph", "--refine", "none", "--set", "oneshot.iterations=2", "--threads", "1", "--no-qc", "--model", "none")
 REPORT = {
     "status", "method", "model", "fixed", "moving", "outputs", "similarity", "jacobian", "stages", "seconds", "peak_memory_mb", "device", "seed",
     "versions", "command", "warnings",

@@ -21,9 +21,7 @@ from regtool.networks.discriminator import Discriminator
 from regtool.networks.plain_unet import PlainUNet
 from tests.conftest import blobs
 
-FILES = [
-    f for f in sorted((Path(__file__).resolve().parents[1] / "parameter_files").glob("deformgan_*.toml")) if "_synthetic_" not in f.stem
-]
+FILES = [f for f in sorted((Path(__file__).resolve().parents[1] / "parameter_files").glob("deformgan_*.toml")) if "_synthetic_" not in f.stem]
 SMALL = "engine.channels=[4, 8, 8]"
 
 

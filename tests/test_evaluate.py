@@ -15,7 +15,6 @@ import torch
 from regtool.cli.app import main
 from regtool.errors import GeometryError, InputError, UsageError
 from regtool.geometry.fields import invert
-from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, DisplacementField, Labels, Landmarks, Transform
 from regtool.geometry.sampling import transform_points
 from regtool.io.images import read_image, read_labels, write_displacement, write_image, write_labels
@@ -316,7 +315,7 @@ def test_bad_input(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "x.nii" in text and "y.nii" in text and "2" in text and "3" in text  # both, with their lines
     (cohort / "half.csv").write_text("id,fixed,moving,fixed_labels,moving_labels\na,p0/fixed.nii.gz,p0/moving.nii.gz,p0/fixed_labels.nii.gz,\n")
     assert "half.csv:2: labels are given for one image only" in said(3, cohort / "half.csv")
-    grid = Grid.regular((9, 9), 3.0)  # lies over the image
+    grid = read_image(f).grid.resized((9, 9))
     write_labels(Labels(torch.ones(1, 9, 9, dtype=torch.int64), grid), cohort / "other.nii.gz")
     both = ("--fixed-labels", cohort / "other.nii.gz", "--moving-labels", cohort / "p0" / "moving_labels.nii.gz")
     assert "another grid than their image" in said(0, f, m, *both)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regtool.data.batch import Batch
-from regtool.geometry.fields import jacobian_determinant
+from regtool.geometry.fields import compose_voxels, corner_determinant, jacobian_determinant
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
 from regtool.geometry.sampling import warp_voxels
@@ -116,3 +116,14 @@ def test_noise_is_not_made_worse(ndim: int) -> None:
     assert np.isfinite(float(jacobian_determinant(result.displacements[0]).min()))
     assert isinstance(result.transforms[0], Transform)
     assert isinstance(result.displacements[0], DisplacementField)
+
+
+def test_symmetric_refining_gives_the_inverse_for_exchanged_images(ndim: int) -> None:
+    fixed = textured(ndim)
+    pair = Batch(fixed, warp_voxels(fixed, smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]))
+    settings = Refine(iterations=15, levels=2, symmetric=True)
+    there, back = (refine(p, None, settings, Similarity(name="ncc")).displacement for p in (pair, pair.swapped()))
+    assert float(there.abs().max()) > 0.5
+    middle = (slice(None), slice(None), *[slice(6, -6)] * ndim)  # nearer to the border points leave the image
+    assert float(compose_voxels(back, there)[middle].norm(dim=1).mean()) < 0.02
+    assert float(corner_determinant(there[0]).min()) > 0

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from regtool.errors import UsageError
+from regtool.parameters import NO_MODEL
 
 MOST_THREADS, LARGEST_SEED = 1024, 2**63 - 1  # as in parameters.py, whose import alone takes 0.1 s
 IMAGES, METHOD, OUTPUT, EXTRA, RUN = "Images", "Method", "Output", "Evaluation", "Run"
@@ -207,7 +208,7 @@ def settings(
         "align.method": align,
         "run.initial_transform": initial_transform.resolve() if initial_transform else None,
         "measure.name": similarity,
-        "similarity.name": None if model is not None or similarity == "auto" else similarity,
+        "similarity.name": None if model not in (None, NO_MODEL) or similarity == "auto" else similarity,
         "refine.iterations": _iterations(refine),
         "refine.symmetric": symmetric,
         "run.inverse": True if symmetric and inverse is None else inverse,
