@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from regtool.data.synthesis import synthetic
-from regtool.engines import summary
+from regtool.engines import citation_of
 from regtool.engines._model import load_model
 from regtool.io.models import BUNDLED, read_card, read_tensors, write_hashes, write_model
 from regtool.parameters import Parameters
@@ -75,7 +75,7 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
         "parameters": parameters.model_dump(mode="json"),
         "training": {**training, **more, "limits": limits},
         "licence": "Apache-2.0",
-        "citation": summary(card["method"]),
+        "citation": citation_of(card["method"]),
     }
 
 

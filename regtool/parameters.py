@@ -237,11 +237,14 @@ class Refine(Section):
     levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; after a network two")
     max_voxels: int = Field(900_000, ge=64, description="of the finest level; the displacement is kept on that grid")
     step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")
+    finest: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None = Field(
+        None, description="similarity that the finest level raises; left out: ngf where [measure] is mi, else that of [measure]"
+    )
     diffusion: float | None = Field(
-        None, ge=0, description="factor of the mean squared gradient of the displacement, mm over mm; left out: 10 for mi, 0.5 for the others"
+        None, ge=0, description="factor of the mean squared gradient of the displacement, mm over mm; left out: 1 for mi, 0.1 for ngf, else 0.5"
     )
     smoothings: int | None = Field(
-        None, ge=0, le=8, description="times that the field is averaged over three voxels along each axis before it warps; left out: 6 for mi, else 2"
+        None, ge=0, description="averages of the field over three voxels along each axis before it warps; left out: 20 for mi and ngf, else 2"
     )
     symmetric: bool = Field(
         False, description="both directions at once, by a velocity: images exchanged give the inverse, nothing folds; some four times as long"
@@ -285,7 +288,7 @@ class Run(Section):
         "float32",
         description="of a trained network's convolutions; bf16 takes a quarter of the time where the hardware has it, learning stays in float32",
     )
-    max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid until the plan fits; left out: what the machine has free")
+    max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid to fit; left out: nine tenths of the machine's memory")
     initial_transform: str | None = Field(None, description="transform file applied before everything else")
     outside: float | None = Field(None, description="intensity outside the moving image; left out: its minimum")
     format: Literal["nii.gz", "mha", "nrrd"] = Field("nii.gz", description="of the images written")

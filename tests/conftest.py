@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"the real images ({DATA}) are not here"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """What the command line changes in its process is undone: the log, the handler of SIGTERM, the number of threads."""
+    log = logging.getLogger("regtool")
+    before = (log.handlers[:], log.level, log.propagate, signal.getsignal(signal.SIGTERM), torch.get_num_threads())
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+        signal.signal(signal.SIGTERM, before[3])
+        torch.set_num_threads(before[4])
+
+
+@pytest.fixture(autouse=True)
+def _contained() -> Iterator[None]:
+    """So that no test depends on those before it."""
+    with contained():
+        yield
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings without the picture at their end, which takes longer than they do."""
+    monkeypatch.setattr("regtool.workflows.run_folder.curves_png", lambda *_: b"")
+
+
+def heeds_interrupts() -> None:
+    """`preexec_fn` of a process that is sent SIGINT: one whose parents run in the background of a shell would ignore it as they do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(params=[2, 3], ids=["2d", "3d"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from regtool.engines import build, read_parameters
+from regtool.engines import build, citation_of, read_parameters
 from regtool.engines._model import load_model, save_model
 from regtool.errors import ModelError
 from regtool.geometry.grid import Grid
@@ -210,6 +210,7 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert path.stat().st_size < 0.8 * (run / "model.safetensors").stat().st_size
     assert card["training"]["scores"] == {"hearts": {"measure": "Dice", "pairs": 3, "before": 0.5, "network": 0.6, "network and refining": 0.7}}
     assert card["training"]["steps"] == 7
+    assert card["citation"] == citation_of("pyramid")
     assert "half precision" in card["training"]["stored"]
     assert card["parameters"]["grid"]["max_voxels"] == {2: 65_536, 3: 300_000}[ndim]
     assert resolve(None, ("method=pyramid",), ndim).model == path

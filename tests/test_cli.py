@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import signal
@@ -17,7 +16,6 @@ from typing import Any
 
 import pytest
 import SimpleITK as sitk
-import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,14 +23,16 @@ from hypothesis import strategies as st
 from regtool.cli.app import app, main
 from regtool.engines import names, parameters_of, read_parameters
 from regtool.parameters import Oneshot, Parameters, Preprocess, Run, dump, load
-from tests.conftest import blobs
+from tests.conftest import blobs, contained, heeds_interrupts
 
-QUICK = ("-m", "voxelmorph", "--refine", "none", "--set", "oneshot.iterations=2", "--threads", "1", "--no-qc", "--model", "none")
+QUICK = (
+    "-m", "voxelmorph", "--refine", "none", "--set", "oneshot.iterations=2", "--threads", "1", "--no-qc", "--model", "none", "--align", "none",
+)  # fmt: skip
 REPORT = {
     "status", "method", "model", "fixed", "moving", "outputs", "similarity", "jacobian", "stages", "seconds", "peak_memory_mb", "device", "seed",
     "versions", "command", "warnings",
 }  # fmt: skip
-SLOW = ("torch", "SimpleITK", "matplotlib", "scipy", "h5py", "pandas")
+SLOW = ("torch", "SimpleITK", "numpy", "matplotlib", "scipy", "h5py", "pandas")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,17 +49,9 @@ class Answer:
 
 def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> Answer:
     """`regtool ARGUMENTS` in this process; nothing of it outlasts the call."""
-    log = logging.getLogger("regtool")
-    before = (log.handlers[:], log.level, log.propagate, signal.getsignal(signal.SIGTERM), torch.get_num_threads())
     capfd.readouterr()
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-    finally:
-        log.handlers, log.propagate = before[0], before[2]
-        log.setLevel(before[1])
-        signal.signal(signal.SIGTERM, before[3])
-        torch.set_num_threads(before[4])
+    with contained(), pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
     found = capfd.readouterr()
     return Answer(ended.value.code, found.out, found.err)  # type: ignore[arg-type]
 
@@ -144,19 +136,27 @@ for arguments in {quick!r}:
     assert done.returncode == 0, done.stderr
 
 
+def computing(*words: object) -> float:
+    """Seconds of the processor that `python WORDS` takes: how busy the machine is does not matter."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *map(str, words)], capture_output=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.fixture(scope="module")
+def framework_seconds() -> float:
+    """What no command can do without, where 0.3 s are allowed about 0.1 s: how slow the machine is does not matter either."""
+    return min(computing("-c", "import typer, rich.console, pydantic") for _ in range(3))
+
+
 @pytest.mark.parametrize("verb", [("--help",), ("register", "--help"), ("methods",), ("models", "list"), ("parameters", "check")], ids=" ".join)
-def test_help_and_lists_answer_at_once(verb: tuple[str, ...], parameter_file: Path) -> None:
-    """Seconds of computing, best of three, so that a busy machine does not matter."""
-    best = float("inf")
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run(*verb, *([parameter_file] if verb[0] == "parameters" else []), capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if best < 0.3:
-            return
-    pytest.fail(f"{best:.2f} s")
+def test_help_and_lists_answer_at_once(verb: tuple[str, ...], parameter_file: Path, framework_seconds: float) -> None:
+    words = ("-m", "regtool", *verb, *([parameter_file] if verb[0] == "parameters" else []))
+    found: list[float] = []
+    while not found or (min(found) > 4 * framework_seconds and len(found) < 4):
+        found.append(computing(*words))
+    assert min(found) <= 4 * framework_seconds, (found, framework_seconds)
 
 
 @pytest.mark.parametrize("flag", ["--version", "--help"])
@@ -359,22 +359,22 @@ def test_a_line_is_never_broken(pair: tuple[Path, Path], capfd: pytest.CaptureFi
 # --- signals and pipes ------------------------------------------------------------------------------------------------------------------------
 
 
-ENDLESS = ("--set", "oneshot.iterations=10000000", "--set", "oneshot.patience=10000000")
+ENDLESS = (*QUICK, "--set", "oneshot.iterations=10000000", "--set", "oneshot.patience=10000000")
 
 
 def started(folder: Path) -> subprocess.Popen[str]:
     """A registration that would take very long, in the middle of one-shot learning."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "regtool", "register", "fixed.nii.gz", "moving.nii.gz", "--threads", "1", "-o", "out", *ENDLESS],
+        [sys.executable, "-m", "regtool", "register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", *ENDLESS],
         cwd=folder,
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests themselves run in the background it is ignored
+        preexec_fn=heeds_interrupts,
     )
     assert process.stderr is not None
     line = process.stderr.readline()
-    assert "step 1 of" in line, line + process.stderr.read()
+    assert "learning on this pair: step 1 of" in line, line + process.stderr.read()
     return process
 
 
@@ -469,7 +469,7 @@ numbers = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False
 positive = st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     initial=st.none() | st.text(),
     outside=st.none() | numbers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_a_saved_engine_predicts_the_same(parameters: Parameters, ndim: int, tmp
     loaded, read = load_model(path, ndim)
     assert read == card
     assert read["dimension"] == ndim
+    assert read["citation"] == engines.citation_of(str(parameters.method))
     with torch.inference_mode():
         assert torch.equal(loaded.displacement(batch.fixed, batch.moving), engine.displacement(batch.fixed, batch.moving))
     with pytest.raises(ModelError, match=f"made for {ndim}-D images"):
@@ -132,6 +134,12 @@ def test_parameters_without_torch_are_the_real_ones(name: str) -> None:
     assert engines.parameters_of(name).model_json_schema() == module.Parameters.model_json_schema()
     assert engines.parameters_of(name)().model_dump() == module.Parameters().model_dump()
     assert len(engines.summary(name)) > 20
+
+
+@pytest.mark.parametrize("name", engines.names())
+def test_every_method_says_what_to_cite(name: str) -> None:
+    """Authors, title, venue and year; our own has no paper."""
+    assert re.fullmatch(r"\w.+? [A-Z]{1,2}\. .+\. .*20\d\d\.", engines.citation_of(name)) or "described in no paper" in engines.citation_of(name)
 
 
 def test_listing_methods_imports_no_torch() -> None:

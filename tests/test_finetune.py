@@ -17,7 +17,7 @@ from regtool.cli.app import main
 from regtool.data.batch import Batch
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model, save_model
-from regtool.errors import DivergedError, InputError, ModelError, UsageError
+from regtool.errors import DivergedError, InputError, ModelError, ParameterError, UsageError
 from regtool.io.models import read_card
 from regtool.parameters import Measure, Oneshot
 from regtool.workflows import register, train
@@ -25,6 +25,7 @@ from regtool.workflows.finetune import finetune, finetune_site
 from regtool.workflows.oneshot import learn
 from tests.conftest import blobs
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 FAST = ("run.threads=1", "run.qc=false", "align.method=none", "guard.max_folding_percent=100")
 NCC = Measure(name="ncc")
 SIZE = {2: 40, 3: 16}
@@ -189,6 +190,18 @@ def test_a_start_that_is_not_finite_is_refused() -> None:
     pair = batch(2)
     with pytest.raises(DivergedError, match="before the first step"):
         learn(engine_of(2, "method=unet"), Batch(pair.fixed * math.nan, pair.moving), Oneshot(iterations=5), NCC, trained=True)
+
+
+def test_a_loss_without_a_term_is_refused(tmp_path: Path) -> None:
+    """By the parameters alone, and where the one term wants labels that nobody gave."""
+    nothing = ("similarity.weight=0", "regularity.diffusion=0")
+    with pytest.raises(ParameterError, match="nothing to learn from") as error:
+        learn(engine_of(2, "method=voxelmorph", *nothing), batch(2), Oneshot(iterations=5), NCC, trained=False)
+    assert "similarity.weight" in str(error.value.tip)
+    chosen = ("method=voxelmorph", 'run.model="none"', "supervision.dice=1", *nothing)
+    with pytest.raises(ParameterError, match="nothing to learn from"):
+        register.register(request(tmp_path, "out", saved(tmp_path, 2, 2.0, "a"), *chosen))
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_losses_are_those_asked_for_now(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from regtool.workflows.run_folder import STATE
 from regtool.workflows.train import Request, train
 from tests.workflows.test_train import write_images
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 CPU = torch.device("cpu")
 SIZES = {"2d": (40, 32), "3d": (24, 28, 20), "slab": (32, 32, 10)}
 STILL = {"amplitude": 0.0, "rotation_degrees": 0.0, "scaling": 0.0, "shear": 0.0, "translation": 0.0}

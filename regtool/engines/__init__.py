@@ -1,6 +1,6 @@
-"""The methods. One file here is one method: its docstring's first line describes it, its `Parameters` is the `[engine]` section, its `DEFAULTS` are
-what the paper has in the other sections, its one subclass of `Engine` does the work. Nothing has to be registered anywhere. Files that start with
-`_` are no methods. No torch until `load`.
+"""The methods. One file here is one method: its docstring's first line describes it, its `CITATION` names the paper, its `Parameters` is the
+`[engine]` section, its `DEFAULTS` are what the paper has in the other sections, its one subclass of `Engine` does the work. Nothing has to be
+registered anywhere. Files that start with `_` are no methods. No torch until `load`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,14 @@ def parameters_of(name: str) -> type[Section]:
 
 def defaults_of(name: str) -> dict[str, Any]:
     """What the method's paper has in the other sections: its literal `DEFAULTS`, {section: {key: value}}. UsageError for an unknown name."""
-    for node in _tree(name).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "DEFAULTS" for t in node.targets):
-            found: dict[str, Any] = ast.literal_eval(node.value)
-            return found
-    return {}
+    found: dict[str, Any] = _literal(name, "DEFAULTS", {})
+    return found
+
+
+def citation_of(name: str) -> str:
+    """The paper to cite for the method: its literal `CITATION`, empty where it has none. UsageError for an unknown name."""
+    found: str = _literal(name, "CITATION", "")
+    return found
 
 
 def read_parameters(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None) -> Parameters:
@@ -90,6 +93,14 @@ def build(parameters: Parameters, ndim: int, channels: int = 1) -> Engine:
     engine = load(parameters.method)
     own = validated(importlib.import_module(engine.__module__).Parameters, parameters.engine, "engine")
     return engine(own, parameters, ndim=ndim, channels=channels)
+
+
+def _literal(name: str, wanted: str, otherwise: Any) -> Any:
+    """The value of a constant of the method's file, without importing it."""
+    for node in _tree(name).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == wanted for t in node.targets):
+            return ast.literal_eval(node.value)
+    return otherwise
 
 
 @functools.cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from regtool.data.batch import Batch
+from regtool.errors import ParameterError
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import REGULARITIES, SIMILARITIES
 from regtool.losses.supervision import displacement_error, landmark_distance, soft_dice
@@ -40,7 +41,7 @@ class Engine(nn.Module, ABC):
         """(N, C, *shape) twice to (N, D, *shape) voxels, component 0 is x (the last axis); any shape, axes of one voxel included."""
 
     def losses(self, batch: Batch, phase: str) -> dict[str, torch.Tensor]:  # noqa: ARG002
-        """Weighted terms by name; their sum is what the optimiser of `phase` lowers."""
+        """Weighted terms by name; their sum (`total`) is what the optimiser of `phase` lowers."""
         return self.registration_losses(batch, self.displacement(batch.fixed, batch.moving))
 
     def registration_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -48,8 +49,6 @@ class Engine(nn.Module, ABC):
         terms = self.field_losses(batch, displacement)
         if self.similarity.weight == 0:
             return terms
-        if self.similarity.weight == 0:  # synthetic pairs
-            return self.field_losses(batch, displacement)
         warped = warp_voxels(batch.moving, displacement)
         alike = SIMILARITIES[self.similarity.name](batch.fixed, warped, self.similarity, batch.fixed_mask)
         return {self.similarity.name: -self.similarity.weight * alike, **terms}
@@ -75,3 +74,13 @@ class Engine(nn.Module, ABC):
     def warning(self) -> str | None:
         """What the steps of training so far give reason to warn of."""
         return None
+
+
+def total(terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of what `losses` returns. ParameterError where that is nothing."""
+    if not terms:
+        raise ParameterError(
+            "there is nothing to learn from: every factor of the loss is 0, or belongs to labels or landmarks that are not given",
+            tip="set similarity.weight above 0, or a factor in [supervision] for what the pairs have",
+        )
+    return torch.stack(list(terms.values())).sum()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from regtool.engines import build, names
+from regtool.engines import build, citation_of, names
 from regtool.engines._engine import Engine
 from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import read_card, read_tensors, write_model
@@ -47,7 +47,10 @@ def load_model(
 def save_model(
     path: Path, engine: Engine, parameters: Parameters, *, name: str, training: dict[str, Any], licence: str = "", citation: str = ""
 ) -> dict[str, Any]:
-    """Writes what `displacement` needs as a model file; returns its card. training: whatever is known of how the weights came about (JSON-able)."""
+    """Writes what `displacement` needs as a model file; returns its card.
+
+    training: whatever is known of how the weights came about (JSON-able); citation: left out: that of the method.
+    """
     kept = copy.deepcopy(engine)
     kept.drop_training_parts()
     resolved = parameters.model_copy(update={"engine": engine.settings.model_dump()})
@@ -58,7 +61,7 @@ def save_model(
         "parameters": resolved.model_dump(mode="json"),
         "training": training,
         "licence": licence,
-        "citation": citation,
+        "citation": citation or citation_of(str(parameters.method)),
     }
     return write_model(path, kept.state_dict(), card)
 

@@ -24,6 +24,7 @@ from regtool.networks.blocks import SameConv
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section
 
+CITATION = "Kim B, Kim J, Lee JG, Kim DH, Park SH, Ye JC. Unsupervised Deformable Image Registration Using Cycle-Consistent CNN. MICCAI 2019."
 # The weight of diffusion is that of the authors' code, the rest is the paper's: 50 epochs of 555 scans, flips and quarter turns.
 DEFAULTS = {
     "regularity": {"diffusion": 1.0},

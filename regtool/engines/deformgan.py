@@ -27,6 +27,7 @@ from regtool.networks.plain_unet import PlainUNet
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section, Similarity
 
+CITATION = "Zhang X, Jian W, Chen Y, Yang S. Deform-GAN: An Unsupervised Learning Model for Deformable Registration. arXiv:2002.11430, 2020."
 DEFAULTS = {
     "similarity": {"name": "lncc", "window": 7},
     "regularity": {"diffusion": 1.0},

@@ -19,6 +19,10 @@ from regtool.networks.regressor import Downsampling, Regressor
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section
 
+CITATION = (
+    "de Vos BD, Berendsen FF, Viergever MA, Staring M, Išgum I. End-to-End Unsupervised Deformable Image Registration with a Convolutional Neural "
+    "Network. DLMIA 2017."
+)
 DEFAULTS = {
     "similarity": {"name": "ncc"},
     "regularity": {"diffusion": 0.0},

@@ -19,6 +19,7 @@ from regtool.networks.pyramid import Pyramid as Network
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section
 
+CITATION = "regtool's own method, described in no paper."
 DEFAULTS = {"regularity": {"diffusion": 1.0}, "train": {"learning_rate": 1e-3, "clip_norm": 1.0}}
 
 

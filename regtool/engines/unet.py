@@ -17,6 +17,10 @@ from regtool.networks.summing_unet import SummingUNet
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section
 
+CITATION = (
+    "Ferrante E, Oktay O, Glocker B, Milone DH. On the Adaptability of Unsupervised CNN-Based Deformable Image Registration to Unseen Image Domains. "
+    "MLMI 2018."
+)
 CHANNELS = (16, 32, 64, 128)
 DEFAULTS = {
     "similarity": {"name": "ncc"},

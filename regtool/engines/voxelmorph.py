@@ -19,6 +19,11 @@ from regtool.networks.unet import UNet
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section
 
+CITATION = (
+    "Balakrishnan G, Zhao A, Sabuncu MR, Guttag J, Dalca AV. An Unsupervised Learning Model for Deformable Medical Image Registration. CVPR 2018. "
+    "With a velocity: Dalca AV, Balakrishnan G, Guttag J, Sabuncu MR. Unsupervised Learning for Fast Probabilistic Diffeomorphic Registration. "
+    "MICCAI 2018."
+)
 ENCODER = (16, 32, 32, 32)
 DEFAULTS = {"regularity": {"diffusion": 1.5}, "train": {"steps": 150_000}}  # diffusion: of VoxelMorph-2; VoxelMorph-1 had 1.0, either 0.01 with mse
 DECODER = {"vm1": (32, 32, 32, 32, 8, 8), "vm2": (32, 32, 32, 32, 32, 16, 16)}

@@ -6,6 +6,7 @@ points of a B-spline do (the continuous half of ConvexAdam, Siebert et al. 2021)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
-STIFFNESS = {"mi": (10.0, 6)}  # factor of diffusion and number of smoothings, by similarity
+STIFFNESS = {"mi": (1.0, 20), "ngf": (0.1, 20)}  # factor of diffusion and number of smoothings, by similarity: a supple field fits what is no motion
 SUPPLE = (0.5, 2)  # of the others
+FINEST = {"mi": "ngf"}  # what a similarity leaves the finest level to: edges lie more exactly than what a histogram of few voxels can tell
 SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 Progress = Callable[[str, int, int, float], None]
 
@@ -59,7 +61,6 @@ def refine(
     exp(-v) the fixed image to the moving one, and the mean of both similarities is raised (Avants 2008): the pair exchanged gives the inverse,
     and nothing folds.
     """
-    parameters = stiffness(parameters, measure)
     size = tuple(pair.fixed.shape[2:])
     levels = _levels(size, parameters.levels if start is None else min(2, parameters.levels))
     iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
@@ -68,7 +69,10 @@ def refine(
     total = iterations * len(levels)
     for shape in levels:
         here = _at(pair, shape)
-        raw = _at_scale(displacement, shape, pair.fixed).requires_grad_()
+        likeness = measure if shape != size else measure.model_copy(update={"name": parameters.finest or FINEST.get(measure.name, measure.name)})
+        stiff = stiffness(parameters, likeness)
+        smoothings = stiff.smoothings or 0
+        raw = _at_scale(displacement, shape, pair.fixed).detach().clone().requires_grad_()  # the start stays as it is
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
         relative = [s / math.prod(steps) ** (1 / len(steps)) for s in steps]
         optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
@@ -76,7 +80,7 @@ def refine(
         first = len(losses)
         for step in range(iterations):
             optimiser.zero_grad(set_to_none=True)
-            loss = _both_ways(here, _smoothed(raw, parameters.smoothings or 0), parameters, measure, relative)
+            loss = _both_ways(here, _smoothed(raw, smoothings), stiff, likeness, relative)
             loss.backward()
             optimiser.step()
             losses.append(float(loss.detach()))
@@ -85,13 +89,13 @@ def refine(
             if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
                 break
         if losses[first] - losses[-1] > FLAT:  # Adam takes whole steps even where nothing is left to gain
-            displacement = _smoothed(raw.detach(), parameters.smoothings or 0)
+            displacement = _smoothed(raw.detach(), smoothings)
     found = _at_scale(displacement, size, pair.fixed)
     return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
 
 
 def stiffness(parameters: Refine, measure: Measure) -> Refine:
-    """With `diffusion` and `smoothings` as they suit the similarity where they are left out: of `mi`, a supple field fits what is no motion."""
+    """With `diffusion` and `smoothings` as they suit the similarity where they are left out."""
     factor, times = STIFFNESS.get(measure.name, SUPPLE)
     own = {"diffusion": factor, "smoothings": times}
     chosen = {name: value for name, value in own.items() if getattr(parameters, name) is None}
@@ -170,31 +174,18 @@ def _at_scale(displacement: torch.Tensor | None, shape: tuple[int, ...], like: t
 
 
 def _smoothed(u: torch.Tensor, times: int) -> torch.Tensor:
-    """Means over three voxels along every axis, `times` times, the border continued."""
-    return _Boxes.apply(u, times)  # type: ignore[no-untyped-call]
+    """Means over three voxels along every axis, `times` times, the border continued: one product with a matrix an axis, however many times."""
+    shape = u.shape
+    for axis in range(2, u.dim()) if times else ():
+        matrix, after = _means(shape[axis], times).to(u), math.prod(shape[axis + 1 :])
+        u = u.reshape(-1, shape[axis]) @ matrix if after == 1 else matrix @ u.reshape(-1, shape[axis], after)
+    return u.reshape(shape)
 
 
-class _Boxes(torch.autograd.Function):
-    """The box mean with a continued border is a symmetric matrix, so its gradient is itself: nothing need be kept, and no copy is made per axis."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, u: torch.Tensor, times: int) -> torch.Tensor:
-        ctx.times = times  # type: ignore[attr-defined]
-        return _boxes(u, times)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _boxes(gradients[0], ctx.times), None  # type: ignore[attr-defined]
-
-
-def _boxes(u: torch.Tensor, times: int) -> torch.Tensor:
-    for _ in range(times):
-        for axis in range(2, u.dim()):
-            n = u.shape[axis]
-            total = u.clone()
-            total.narrow(axis, 1, n - 1).add_(u.narrow(axis, 0, n - 1))
-            total.narrow(axis, 0, n - 1).add_(u.narrow(axis, 1, n - 1))
-            total.select(axis, 0).add_(u.select(axis, 0))
-            total.select(axis, n - 1).add_(u.select(axis, n - 1))
-            u = total.div_(3)
-    return u
+@functools.lru_cache(maxsize=32)
+def _means(n: int, times: int) -> torch.Tensor:
+    """(n, n), symmetric, float64."""
+    once = torch.ones(n, n, dtype=torch.float64).triu(-1).tril(1)
+    once[0, 0] += 1
+    once[-1, -1] += 1
+    return torch.linalg.matrix_power(once / 3, times)

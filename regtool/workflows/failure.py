@@ -17,6 +17,7 @@ from typing import Any
 from regtool.errors import RegtoolError
 from regtool.geometry.image import Image, Transform
 from regtool.geometry.sampling import warp
+from regtool.io.cohort import FAILED
 from regtool.io.files import staged_folder, strict_json, write_text
 from regtool.report.page import Frame, PageContent
 from regtool.workflows.outcome import described, page_title, seconds_of, write_page
@@ -25,8 +26,6 @@ from regtool.workflows.resolve import Resolved
 from regtool.workflows.runtime import peak_memory_mb, versions
 
 log = logging.getLogger("regtool")
-
-FAILED = "failed.json"
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from regtool.engines._engine import Engine
     from regtool.io.keras import Convolution
 
-CITATION = (
-    "Balakrishnan G, Zhao A, Sabuncu MR, Guttag J, Dalca AV. An Unsupervised Learning Model for Deformable Medical Image Registration. CVPR 2018."
-)
-
 
 def methods() -> list[dict[str, str]]:
     """Every method's name and one line on it; no torch."""
@@ -78,7 +74,7 @@ def import_keras(source: Path, output: Path, overwrite: bool = False) -> dict[st
         "source_sha256": sha256(source),
         "images": "skull-stripped, affinely aligned T1 brains of 1 mm voxels, FreeSurfer-normalised intensities / 255",
     }
-    return save_model(output, engine, parameters, name=output.stem, training=training, licence="that of the published weights", citation=CITATION)
+    return save_model(output, engine, parameters, name=output.stem, training=training, licence="that of the published weights")
 
 
 def _published(layers: list[Convolution], source: Path) -> tuple[Engine, Parameters]:

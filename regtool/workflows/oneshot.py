@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from regtool.data.batch import Batch
-from regtool.engines._engine import Engine
+from regtool.engines._engine import Engine, total
 from regtool.errors import DivergedError
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import SIMILARITIES
@@ -56,7 +56,8 @@ def learn(engine: Engine, batch: Batch, parameters: Oneshot, measure: Measure, *
 
     Ends after `iterations`, or `patience` steps without improvement. The copy learns as it will predict: without dropout, and with batch
     normalisation by the statistics of this pair, which what is kept remembers. Where the loss leaves the finite numbers, the best so far is kept and
-    a warning says so; DivergedError where it is not finite at the start. trained: the engine is adapted, rather than learned from scratch.
+    a warning says so; DivergedError where it is not finite at the start, ParameterError where it has no term. trained: the engine is adapted, rather
+    than learned from scratch.
     """
     original, engine = engine, copy.deepcopy(engine).eval()
     last, what = engine.phases[-1], "adapting to this pair" if trained else "learning on this pair"
@@ -104,7 +105,7 @@ def _say(diverged: bool, steps: int, best_at: int, start_kept: bool) -> None:
 
 
 def _loss(engine: Engine, batch: Batch, phase: str) -> torch.Tensor:
-    return torch.stack(list(engine.losses(batch, phase).values())).sum()
+    return total(engine.losses(batch, phase))
 
 
 def _update(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
-from regtool.parameters import NO_MODEL, Parameters
+from regtool.parameters import MODEL_SECTIONS, NO_MODEL, Parameters
 from regtool.parameters import Grid as GridParameters
 
 log = logging.getLogger("regtool")
@@ -35,7 +36,12 @@ def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: b
 
     Training keeps every output and its gradient. Inference has one layer at work at a time; a convolution reorders what it takes and gives.
     """
-    return _layers(_outline(parameters, len(shape)), shape, training)
+    return _activation_bytes(parameters.model_dump_json(include={*MODEL_SECTIONS}), shape, training)
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks twice, and pairs that follow are often of one size
+def _activation_bytes(model: str, shape: tuple[int, ...], training: bool) -> int:
+    return _layers(_outline(Parameters.model_validate_json(model), len(shape)), shape, training)
 
 
 def _outline(parameters: Parameters, ndim: int) -> Engine:

@@ -227,6 +227,7 @@ class _Course:
             return
         if self.request.resume:
             log.warning("%s holds no state yet: the training starts from the beginning", self.request.output)
+        self.trainer.check()
         if self.trainer.ranks.first:
             for name in (REPORT, STATE, MODEL, PAIRS):
                 (self.request.output / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from regtool.data.batch import Batch
 from regtool.data.dataset import collate
-from regtool.engines._engine import Engine
+from regtool.engines._engine import Engine, total
 from regtool.errors import DivergedError
 from regtool.geometry.fields import jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
@@ -94,6 +94,12 @@ class Trainer:
         }
         self.losses: dict[str, nn.Module] = {phase: self._distributed(_Losses(engine, phase)) for phase in engine.phases}
         self.mean = {name: tensor.clone() for name, tensor in engine.state_dict().items()} if section.ema > 0 else None
+
+    def check(self) -> None:
+        """ParameterError where the loss of a phase has no term, told by the first pair."""
+        with torch.no_grad():
+            for phase in self.engine.phases:
+                total(self.engine.eval().losses(self.feed.pair(0).to(self.device), phase))
 
     def update(self, step: int) -> dict[str, float]:
         """One update of every phase; step counts from 0. Returns the weighted terms, by `phase.term` where there are several phases.
@@ -184,7 +190,7 @@ class Trainer:
                     raise DivergedError(
                         f"step {step + 1}: {name} is {value} on {pairs}", tip="look at those images; lower train.learning_rate or set train.clip_norm"
                     )
-            (torch.stack(list(terms.values())).sum() / section.accumulate).backward()
+            (total(terms) / section.accumulate).backward()
         return values
 
     def _apply(self, step: int, phase: str) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from regtool.errors import RegtoolError
 from regtool.io.bids import export
-from regtool.io.cohort import PairFolder
+from regtool.io.cohort import FAILED, PairFolder
 
 if TYPE_CHECKING:
     from regtool.workflows.register import Resolver
@@ -253,12 +253,12 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _death(code: int) -> tuple[str, str, int]:
     """(what happened, tip, exit code) of a process that ended without an answer."""
     if code >= 0:
-        return f"the process ended with code {code}", "its last words are in failed.json", 1
+        return f"the process ended with code {code}", f"its last words are in {FAILED}", 1
     name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
     meaning = (signal.strsignal(-code) or "unknown").lower()
     if name == "SIGKILL":
         return "the process was killed (SIGKILL), as the system does when memory runs out", "fewer --jobs, or a lower --max-memory", 5
-    return f"the process died of {name} ({meaning})", "its last words are in failed.json; the pair may be damaged", 1
+    return f"the process died of {name} ({meaning})", f"its last words are in {FAILED}; the pair may be damaged", 1
 
 
 if __name__ == "__main__":

@@ -149,3 +149,13 @@ def test_cpu_and_cuda_agree(ndim: int) -> None:
     cuda = torch.device("cuda")
     assert torch.allclose(warp(moving, transform, fixed, device=cuda).data, warp(moving, transform, fixed).data, atol=1e-5)
     assert torch.allclose(displacement_on(transform, fixed, cuda).data, displacement_on(transform, fixed).data, atol=1e-3)
+
+
+def test_on_the_meta_device_there_are_shapes_alone(ndim: int) -> None:
+    image, u = torch.rand(2, 3, *(9, 7, 5)[:ndim]), torch.zeros(2, ndim, *(9, 7, 5)[:ndim])
+    for real, outline in (
+        (warp_voxels(image, u), warp_voxels(image.to("meta"), u.to("meta"))),
+        (resize_voxels(image, (4, 8, 6)[:ndim]), resize_voxels(image.to("meta"), (4, 8, 6)[:ndim])),
+    ):
+        assert outline.is_meta
+        assert (outline.shape, outline.dtype) == (real.shape, real.dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from regtool.data.preprocess import antialiased, prepared_voxels
+from regtool.engines import names
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
@@ -97,3 +98,10 @@ def test_channels_are_counted(ndim: int) -> None:
     one, two = (make_plan(grid, grid, parameters, False, PLENTY, (n, n), n).peak_bytes for n in (1, 2))
     assert one == make_plan(grid, grid, parameters, False, PLENTY).peak_bytes
     assert one + 2 * 4 * grid.voxels < two < 3 * one
+
+
+@pytest.mark.parametrize("method", names())
+def test_a_plan_reads_no_image(method: str, ndim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes torch seconds where it has only the shape to find."""
+    monkeypatch.setattr(torch.nn.functional, "grid_sample", None)
+    assert activation_bytes(Parameters(method=method), (21, 18, 16)[:ndim], training=True) > 0

@@ -31,7 +31,8 @@ from regtool.parameters import Parameters
 from regtool.workflows.planner import SHARE, training_bytes
 from regtool.workflows.run_folder import STATE
 from regtool.workflows.train import Moment, Request, train
-from tests.conftest import blobs
+from tests.conftest import blobs, heeds_interrupts
+from tests.test_cli import call
 
 QUICK = ("train.validate_every=4", "train.checkpoint_every=4", "train.log_every=2", "train.learning_rate=1e-3", "run.threads=1", "align.method=none")
 
@@ -57,7 +58,7 @@ def write_images(folder: Path, ndim: int, count: int = 4, size: int = 24) -> Non
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path: Path, no_curves: None) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     write_images(folder, 2)
@@ -102,9 +103,10 @@ def test_trains_from_lists_and_folders_and_the_model_registers(ndim: int, source
     assert [int(r["step"]) for r in rows] == [2, 4, 6, 8]
     assert [bool(r["validation.similarity"]) for r in rows] == [False, True, False, True]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    quick = ["--refine", "none", "--align", "none", "--no-qc"]
     images = [str(data / f"image{i}.mha") for i in range(2)]
     with pytest.raises(SystemExit) as ended:
-        main(["register", *images, "--model", str(run / "model.safetensors"), "-o", str(tmp_path / "out"), "--refine", "none"])
+        main(["register", *images, "--model", str(run / "model.safetensors"), "-o", str(tmp_path / "out"), *quick])
     assert ended.value.code == 0
     with pytest.raises(SystemExit) as ended:  # what is written repeats the training
         main(["parameters", "check", str(run / "parameters.toml")])
@@ -148,30 +150,29 @@ def command(data: Path, run: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "regtool", "train", str(data / "pairs.csv"), "-m", "voxelmorph", "-o", str(run), "--device", "cpu", *sets, *more]
 
 
-def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90, newer_than: int = 0) -> None:
     end = time.monotonic() + seconds
-    while not file.exists():
+    while not file.exists() or file.stat().st_mtime_ns < newer_than:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
 def test_killed_at_any_moment_the_last_checkpoint_loads(data: Path, tmp_path: Path) -> None:
-    """kill -9 while checkpoints are written without pause."""
-    run = tmp_path / "run"
+    """kill -9 while checkpoints are written without pause, in the first run and in one that went on."""
+    run, steps = tmp_path / "run", 0
     more = ("--steps", "100000", "--set", "train.checkpoint_every=1", "--set", "train.validate_every=3")
-    for attempt in range(3):
-        resume = ("--resume",) if attempt else ()
+    for resume in ((), ("--resume",)):
         process = subprocess.Popen(command(data, run, *more, *resume), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        wait_for(run / STATE, process)
-        time.sleep(0.3 + 0.37 * attempt if not attempt else 4.0)
+        wait_for(run / STATE, process, newer_than=time.time_ns())
+        time.sleep(0.3 + 0.37 * len(resume))
         process.kill()
         process.communicate()
         tensors, record = read_checkpoint(run / STATE)
-        assert record["step"] >= 1
+        assert record["step"] > steps
+        steps = record["step"]
         assert any(name.startswith("optimiser/") for name in tensors)
         load_model(run / "model.safetensors", 2)
-    steps = record["step"]
     report = train(request(data, run, f"train.steps={steps + 2}", "train.validate_every=3", resume=True))
     assert report["steps"] == steps + 2
 
@@ -180,7 +181,8 @@ def test_killed_at_any_moment_the_last_checkpoint_loads(data: Path, tmp_path: Pa
 def test_a_signal_writes_a_checkpoint_and_ends(name: str, code: int, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--steps", "100000", "--set", "train.checkpoint_every=100000", "--set", "train.validate_every=100000")
-    process = subprocess.Popen(command(data, run, *more), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    process = subprocess.Popen(command(data, run, *more), preexec_fn=heeds_interrupts, **pipes)
     wait_for(run / "parameters.toml", process)
     time.sleep(1.0)
     if name == "SIGTERM":
@@ -198,43 +200,32 @@ def test_a_signal_writes_a_checkpoint_and_ends(name: str, code: int, data: Path,
 
 
 def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(data: Path, tmp_path: Path) -> None:
-    more = ("--steps", "4", "--set", "train.batch_size=2", "--set", "augment.flip=0.5", "--threads", "1")
-    one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run(command(data, one, *more, "--set", "train.accumulate=2"), check=True, capture_output=True)
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000)]
-    done = subprocess.run([*launched, *command(data, two, *more)[1:]], check=False, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    a, b = weights(one), weights(two)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert float((a[name] - b[name]).abs().max()) < 1e-5, name
-
-
-class Stop(Exception):
-    pass
-
-
-def test_both_processes_hold_the_same_weights(data: Path, tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
+    """And both hold the same weights at the end."""
+    script, two = tmp_path / "ranks.py", tmp_path / "two"
     script.write_text(
-        "import os, sys, torch\n"
-        "from pathlib import Path\n"
-        "from regtool.workflows import train as module\n"
+        "import sys, torch\n"
+        "from regtool.cli.app import main\n"
         "from regtool.workflows.trainer import Trainer\n"
-        "out = Path(sys.argv[2])\n"
         "plain = Trainer.update\n"
         "def update(self, step):\n"
         "    found = plain(self, step)\n"
-        "    torch.save(self.engine.state_dict(), out / f'rank{self.ranks.rank}.pt')\n"
+        "    torch.save(self.engine.state_dict(), f'{sys.argv[1]}/rank{self.ranks.rank}.pt')\n"
         "    return found\n"
         "Trainer.update = update\n"
-        "module.train(module.Request(Path(sys.argv[1]), out / 'run', None, tuple(sys.argv[3:])))\n",
+        "main(sys.argv[2:])\n",
         encoding="utf-8",
     )
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(40000 + os.getpid() % 20000)]
-    overrides = ("method=voxelmorph", *QUICK, "train.steps=3", "run.device=cpu")
-    subprocess.run([*launched, str(script), str(data / "pairs.csv"), str(tmp_path), *overrides], check=True, capture_output=True)
+    more = ("train.steps=4", "train.batch_size=2", "augment.flip=0.5", "run.device=cpu")
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 40000)]
+    asked = command(data, two, *(x for override in more for x in ("--set", override)))[3:]
+    done = subprocess.run([*launched, str(script), str(tmp_path), *asked], check=False, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
     assert same(torch.load(tmp_path / "rank0.pt"), torch.load(tmp_path / "rank1.pt"))
+    train(request(data, tmp_path / "one", *more, "train.accumulate=2"))
+    a, b = weights(tmp_path / "one"), weights(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert float((a[name] - b[name]).abs().max()) < 1e-5, name
 
 
 def test_a_loss_that_is_no_number_stops_with_step_pair_and_term(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +233,7 @@ def test_a_loss_that_is_no_number_stops_with_step_pair_and_term(data: Path, tmp_
     calls = []
 
     def broken(self: Engine, batch: Any, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
-        calls.append(1)
+        calls.extend([1] if self.training else [])  # and not the looks at how it stands
         terms = plain(self, batch, displacement)
         return terms if len(calls) < 6 else {**terms, "diffusion": terms["diffusion"] * float("nan")}
 
@@ -324,6 +315,17 @@ def test_a_run_is_not_overwritten_unasked(data: Path, tmp_path: Path) -> None:
         train(Request(data / "nothing.csv", run, None, ("method=voxelmorph",), overwrite=True))
     assert (run / STATE).read_bytes() == before
     assert train(request(data, run, "train.steps=3", overwrite=True))["steps"] == 3
+
+
+def test_a_loss_without_a_term_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(request(data, run, "train.steps=2"))
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ParameterError, match="nothing to learn from") as error:
+        train(request(data, run, "similarity.weight=0", "regularity.diffusion=0", "train.steps=2", overwrite=True))
+    assert "similarity.weight" in str(error.value.tip)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert train(request(data, run, "similarity.weight=0", "regularity.diffusion=0", "supervision.dice=1", "train.steps=2", overwrite=True))
 
 
 def test_bad_lists(data: Path, tmp_path: Path) -> None:
@@ -452,9 +454,10 @@ def test_the_view_on_a_terminal_shows_where_the_training_stands(data: Path, tmp_
         assert word in text, word
 
 
-def test_lines_where_nobody_looks(data: Path, tmp_path: Path) -> None:
-    done = subprocess.run(command(data, tmp_path / "run", "--steps", "8"), capture_output=True, text=True, encoding="utf-8", check=True)
-    assert "step 8 of 8: lncc" in done.stderr
-    assert "\x1b" not in done.stderr
-    quiet = subprocess.run(command(data, tmp_path / "q", "--steps", "2", "-q"), capture_output=True, text=True, encoding="utf-8", check=True)
-    assert quiet.stderr == ""
+def test_lines_where_nobody_looks(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    answer = call(capfd, *command(data, tmp_path / "run", "--steps", "8")[3:])
+    assert answer.code == 0
+    assert "step 8 of 8: lncc" in answer.err
+    assert "\x1b" not in answer.err
+    quiet = call(capfd, *command(data, tmp_path / "q", "--steps", "2", "-q")[3:])
+    assert (quiet.code, quiet.err) == (0, "")
