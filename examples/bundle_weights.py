@@ -3,8 +3,9 @@
     python examples/bundle_weights.py RUN... [--results FILE.json] [--folder regtool/weights]
 
 RUN: a folder that `regtool train --synthetic` wrote. Each becomes METHOD_2d or METHOD_3d.safetensors with the largest grid it may work on, its
-training, its limits and, with --results (what `examples/benchmarks/everything.py` keeps), its scores. Half precision is taken where it moves no
-displacement of eight synthetic pairs by 0.05 voxel. Then the list of hashes is written anew, and a table printed. More than 25 MB in all is an error.
+training, its limits, its method's paper and, with --results (what `examples/benchmarks/everything.py` keeps), its scores. Half precision is taken
+where it moves no displacement of eight synthetic pairs by 0.05 voxel. Then the list of hashes is written anew, and a table printed. More than 25 MB
+in all is an error.
 """
 
 from __future__ import annotations

@@ -420,11 +420,8 @@ def into_closed_pipe(arguments: list[object], both: bool = False) -> tuple[int, 
 def test_a_closed_pipe_is_no_error(pair: tuple[Path, Path]) -> None:
     for arguments in (["methods"], ["register", "--help"], ["parameters", "init", "voxelmorph"], ["methods", "--json"]):
         assert into_closed_pipe([*arguments]) == (0, "")
-    code, err = into_closed_pipe(["register", *pair, *QUICK, "-o", "one"])
-    assert code == 0
-    assert not [line for line in err.splitlines() if not line.startswith("learning")]
-    assert into_closed_pipe(["register", *pair, *QUICK, "-o", "two"], both=True)[0] == 0
-    assert all((Path(folder) / "report.json").is_file() for folder in ("one", "two"))  # the work is done all the same
+    assert into_closed_pipe(["register", *pair, *QUICK, "-o", "out"], both=True)[0] == 0
+    assert Path("out/report.json").is_file()  # the work is done all the same
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

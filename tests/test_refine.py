@@ -14,7 +14,7 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
 from regtool.geometry.sampling import warp_voxels
 from regtool.optimise.refine import _levels, _smoothed, refine
-from regtool.parameters import Refine, Similarity
+from regtool.parameters import Measure, Refine, Similarity
 from regtool.workflows.register import Request, register
 from tests.conftest import smooth_field
 from tests.test_register import phantom
@@ -54,6 +54,31 @@ def test_a_good_start_is_kept_and_a_solved_pair_stays_solved(ndim: int) -> None:
     again = refine(Batch(fixed, moving), first.displacement, Refine(), Similarity())
     assert again.losses[-1] <= first.losses[-1] + 0.01
     assert float((again.displacement - first.displacement).norm(dim=1).mean()) < 0.5
+
+
+@pytest.mark.parametrize("iterations", [1, 20])
+def test_the_start_stays_as_it_is(ndim: int, iterations: int) -> None:
+    fixed = textured(ndim)
+    start = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
+    before = start.clone()
+    found = refine(Batch(fixed, warp_voxels(fixed, start)), start, Refine(levels=1, iterations=iterations), Similarity())
+    assert torch.equal(start, before) and not start.requires_grad and not found.displacement.requires_grad
+
+
+def test_across_contrasts_edges_find_at_the_finest_level_what_histograms_leave(ndim: int) -> None:
+    """Another contrast, shaded as magnetic resonance is, so that one intensity is not one tissue; measured as in `test_a_known_field_is_found`."""
+    fixed = textured(ndim)
+    truth = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
+    moving = (1 - (2 * warp_voxels(fixed, truth) - 0.8).abs()) * torch.linspace(0.4, 1.6, fixed.shape[-1])
+    middle = (slice(None), slice(None), *[slice(6, -6)] * ndim)
+
+    def left(parameters: Refine) -> float:
+        found = refine(Batch(fixed, moving), None, parameters, Measure(name="mi")).displacement
+        return float((found + warp_voxels(truth, found))[middle].norm(dim=1).mean())
+
+    ours = left(Refine())
+    assert ours < 0.5 * float(truth[middle].norm(dim=1).mean())
+    assert ours < left(Refine(finest="mi"))
 
 
 def test_smoothing_equals_a_padded_mean_and_its_gradient_is_right(ndim: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -88,16 +89,20 @@ def naive_descriptor(image: np.ndarray, radius: int, dilation: int) -> np.ndarra
     return np.exp(-excess / np.clip(variance, 1e-3 * variance.mean(), 1e3 * variance.mean()))
 
 
-@pytest.mark.parametrize(("radius", "dilation"), [(1, 2), (2, 2), (1, 1)])
+@functools.cache
+def naive_pair(ndim: int, radius: int, dilation: int) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+    a, b = (rand(1, 1, *(4, 3, 5)[:ndim], seed=s, dtype=torch.float64) for s in (1, 2))
+    a[..., :3] = 0.5 + 1e-3 * a[..., :3]  # where the least variance matters
+    return a, b, [naive_descriptor(x[0, 0].numpy(), radius, dilation) for x in (a, b)]
+
+
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
+@pytest.mark.parametrize(("radius", "dilation"), [(1, 2), (2, 2), (1, 1)])
 def test_mind_is_the_naive_loop(ndim: int, radius: int, dilation: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_module, "CHUNK", chunk)
-    shape = (4, 3, 5)[:ndim]
-    a, b = (rand(1, 1, *shape, seed=s, dtype=torch.float64) for s in (1, 2))
-    a[..., :3] = 0.5 + 1e-3 * a[..., :3]  # where the least variance matters
-    naive = [naive_descriptor(x[0, 0].numpy(), radius, dilation) for x in (a, b)]
+    a, b, naive = naive_pair(ndim, radius, dilation)
     found = mind_descriptor(torch.cat([a, b], dim=1), radius, dilation)
-    assert found.shape == (1, 2 * {2: 4, 3: 12}[ndim], *shape)
+    assert found.shape == (1, 2 * {2: 4, 3: 12}[ndim], *a.shape[2:])
     for one, expected in zip(found[0].chunk(2), naive, strict=True):
         assert np.allclose(np.sort(one.numpy(), axis=0), np.sort(expected, axis=0), atol=1e-12)
     expected = -np.square(naive[0] - naive[1]).mean()
