@@ -186,6 +186,7 @@ def test_what_comes_with_this_version() -> None:
         assert file.stem == card["name"] == f"{card['method']}_{engine.ndim}d"
         assert {"steps", "minutes", "device", "data", "limits"} <= card["training"].keys()
         assert card["licence"]
+        assert card["citation"] == citation_of(card["method"])
 
 
 def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
