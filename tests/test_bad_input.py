@@ -372,7 +372,7 @@ def test_what_can_be_mended_is_mended_with_a_warning(
     monkeypatch.setenv("KIT", str(kit))
     name = next(word for word in arguments.split() if word.startswith("a."))
     written(Path(name), content)
-    answer = call(capfd, *arguments.replace("KIT", str(kit)).split(), *QUICK, "--json", "-o", "out")
+    answer = call(capfd, *arguments.replace("KIT", str(kit)).split(), *QUICK, "--align", "auto", "--json", "-o", "out")
     assert answer.code == 0, answer.err
     report = strict(answer.out)
     if not warning:
