@@ -66,6 +66,9 @@ class Preprocess(Section):
         return value
 
 
+Alike = Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"]
+
+
 class Likeness(Section):
     """How two images are compared."""
 
@@ -84,7 +87,7 @@ class Likeness(Section):
 class Measure(Likeness):
     """What a good match is: what the guard compares, refining raises and the report states."""
 
-    name: Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field(
+    name: Literal["auto", Alike] = Field(
         "auto",
         description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
         "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mi, as the "
@@ -105,7 +108,7 @@ class Measure(Likeness):
 class Similarity(Likeness):
     """What a network learns to raise."""
 
-    name: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] = Field("lncc", description="as in [measure], where it says more")
+    name: Alike = Field("lncc", description="as in [measure], where it says more")
     weight: float = Field(1.0, ge=0, description="factor of the similarity term; 0 leaves it out, where something else is learned from")
 
 
@@ -237,7 +240,7 @@ class Refine(Section):
     levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; after a network two")
     max_voxels: int = Field(900_000, ge=64, description="of the finest level; the displacement is kept on that grid")
     step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")
-    finest: Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None = Field(
+    finest: Alike | None = Field(
         None, description="similarity that the finest level raises; left out: ngf where [measure] is mi, else that of [measure]"
     )
     diffusion: float | None = Field(

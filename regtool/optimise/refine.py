@@ -51,7 +51,8 @@ def refine(
     spacing: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Refined:
-    """Lowers `-similarity + diffusion * roughness` of the displacement, and the terms of labels and landmarks that `parameters` ask for.
+    """Lowers `-similarity + diffusion * roughness` of the displacement, and the terms of labels and landmarks that `parameters` ask for; the
+    similarity is that of `measure`, at the finest level `parameters.finest` or what FINEST says.
 
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
     a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that
