@@ -8,7 +8,7 @@ import torch
 
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
-from regtool.optimise.guard import objection
+from regtool.optimise.guard import SHARED, objection, silence
 from regtool.workflows.register import Request, register
 from tests.conftest import blobs
 
@@ -66,6 +66,22 @@ def test_never_worse_than_the_start(pair, similarity: str, ndim: int) -> None:  
     if not any(s["kept"] for s in report["stages"]):
         assert found["after"] == found["before"]
         assert report["displacement_mm"]["max"] == 0
+
+
+@pytest.mark.parametrize("asked", [(), ("measure.name=mi",), ("method=voxelmorph", "oneshot.iterations=2"), ("refine.dice=1",)])
+def test_images_that_tell_nothing_of_each_other_are_only_aligned_unless_asked_for(asked: tuple[str, ...], ndim: int) -> None:
+    fixed, moving = (image(a) for a in only_noise(ndim))
+    report = register(Request(fixed, moving, overrides=(*QUICK, *asked))).report
+    names = [stage["name"] for stage in report["stages"]]
+    assert ("refine" in names) == bool(asked) and ("deform" in names) != bool(asked)
+    if not asked:
+        assert report["similarity"]["name"] == "mi" and not report["stages"][-1]["kept"]
+        assert any("only aligned" in w and "--similarity" in w for w in report["warnings"])
+
+
+def test_silence_names_both_numbers() -> None:
+    assert silence(SHARED) == ""
+    assert "0.12 nats" in silence(0.12) and f"{SHARED:g}" in silence(0.12)
 
 
 def test_a_failed_threshold_is_a_status_and_no_error() -> None:

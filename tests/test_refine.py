@@ -65,7 +65,7 @@ def test_the_start_stays_as_it_is(ndim: int, iterations: int) -> None:
     assert torch.equal(start, before) and not start.requires_grad and not found.displacement.requires_grad
 
 
-def test_across_contrasts_edges_find_at_the_finest_level_what_histograms_leave(ndim: int) -> None:
+def test_across_contrasts_edges_find_in_volumes_what_histograms_leave(ndim: int) -> None:
     """Another contrast, shaded as magnetic resonance is, so that one intensity is not one tissue; measured as in `test_a_known_field_is_found`."""
     fixed = textured(ndim)
     truth = smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
@@ -78,7 +78,8 @@ def test_across_contrasts_edges_find_at_the_finest_level_what_histograms_leave(n
 
     ours = left(Refine())
     assert ours < 0.5 * float(truth[middle].norm(dim=1).mean())
-    assert ours < left(Refine(finest="mi"))
+    theirs = left(Refine(finest="mi"))
+    assert ours < theirs if ndim == 3 else ours == theirs
 
 
 def test_smoothing_equals_a_padded_mean_and_its_gradient_is_right(ndim: int) -> None:

@@ -8,6 +8,8 @@ ENOUGH = "the images match already"
 TOLERANCE = 1e-6  # of the similarity: rounding is no loss
 LEAST = 1e-3  # part of the similarity that deforming must gain: on images that match already it would follow nothing but noise
 
+SHARED = 0.25  # nats that aligned images of two modalities share at least, MR to MR 0.5 and more; MR and ultrasound, 0.15, lose what alignment won
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -29,3 +31,8 @@ def objection(before: float, after: float, folding_percent: float, max_folding_p
     if folding_percent > max_folding_percent:
         return f"{folding_percent:.3g} % of the voxels would fold, {max_folding_percent:g} % are allowed"
     return ""
+
+
+def silence(information: float) -> str:
+    """Why images that share so little mutual information, nats, are not to be deformed, or "" where they may be: any field would raise it."""
+    return f"the images share {information:.2g} nats of information, from {SHARED:g} on they are deformed" if information < SHARED else ""

@@ -30,7 +30,7 @@ SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
 STIFFNESS = {"mi": (1.0, 20), "ngf": (0.1, 20)}  # factor of diffusion and number of smoothings, by similarity: a supple field fits what is no motion
 SUPPLE = (0.5, 2)  # of the others
-FINEST = {"mi": "ngf"}  # what a similarity leaves the finest level to: edges lie more exactly than what a histogram of few voxels can tell
+FINEST = {("mi", 3): "ngf"}  # of a similarity in so many dimensions, at the finest level: a volume's edges tell more than its histogram
 SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 Progress = Callable[[str, int, int, float], None]
 
@@ -65,12 +65,13 @@ def refine(
     size = tuple(pair.fixed.shape[2:])
     levels = _levels(size, parameters.levels if start is None else min(2, parameters.levels))
     iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
+    finest = measure.model_copy(update={"name": parameters.finest or FINEST.get((measure.name, len(size)), measure.name)})
     displacement = start
     losses: list[float] = []
     total = iterations * len(levels)
     for shape in levels:
         here = _at(pair, shape)
-        likeness = measure if shape != size else measure.model_copy(update={"name": parameters.finest or FINEST.get(measure.name, measure.name)})
+        likeness = finest if shape == size else measure
         stiff = stiffness(parameters, likeness)
         smoothings = stiff.smoothings or 0
         raw = _at_scale(displacement, shape, pair.fixed).detach().clone().requires_grad_()  # the start stays as it is

@@ -23,7 +23,7 @@ from regtool.geometry.sampling import displacement_on, grid_points, resample, st
 from regtool.geometry.unfold import unfolded
 from regtool.losses import similarity
 from regtool.optimise.align import align
-from regtool.optimise.guard import ENOUGH, LEAST, Stage, objection
+from regtool.optimise.guard import ENOUGH, LEAST, Stage, objection, silence
 from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
 from regtool.parameters import Grid as GridParameters
@@ -140,11 +140,12 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     aligned = course.transform
     field: DisplacementField | None = None
     learned: Learned | None = None
-    if plan.network_grid is not None:
+    told = _told(course)
+    if plan.network_grid is not None and told:
         with clock("network"):
             field, learned = _network(course, plan.network_grid)
     losses = () if learned is None else learned.losses
-    if plan.refine_grid is not None:
+    if plan.refine_grid is not None and told:
         with clock("refine"):
             losses += _refine(course, plan.refine_grid, aligned, field)
     course.forget()
@@ -287,6 +288,17 @@ def _align(course: Course) -> None:
         course.stages.append(Stage("align", False, time.perf_counter() - started, course.score, note))
         return
     course.offer("align", Transform((found.affine,)).then(course.transform).simplified(), started, found.name, forced=method != "auto")
+
+
+def _told(course: Course) -> bool:
+    """Whether the aligned images tell enough of each other to be deformed, where nobody chose how; notes the stage where not."""
+    setup, refining = course.setup, course.setup.parameters.refine
+    chosen = not setup.by_default or setup.parameters.measure.name != "auto" or refining.dice > 0 or refining.landmarks > 0
+    why = "" if chosen or course.measure.name != "mi" else silence(course.score)
+    if why:
+        course.stages.append(Stage("deform", False, 0.0, course.score, why))
+        log.warning("%sonly aligned: %s; -m METHOD or --similarity NAME deforms them nevertheless", f"{setup.name}: " if setup.name else "", why)
+    return not why
 
 
 def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Learned | None]:
