@@ -21,9 +21,8 @@ from regtool.io.cohort import FAILED
 from regtool.io.files import staged_folder, strict_json, write_text
 from regtool.report.page import Frame, PageContent
 from regtool.workflows.outcome import described, page_title, seconds_of, write_page
-from regtool.workflows.pair import Clock
 from regtool.workflows.resolve import Resolved
-from regtool.workflows.runtime import peak_memory_mb, versions
+from regtool.workflows.runtime import Clock, peak_memory_mb, versions
 
 log = logging.getLogger("regtool")
 

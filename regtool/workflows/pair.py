@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,14 +21,14 @@ from regtool.geometry.sampling import displacement_on, grid_points, resample, st
 from regtool.geometry.unfold import unfolded
 from regtool.losses import similarity
 from regtool.optimise.align import align
-from regtool.optimise.guard import ENOUGH, LEAST, Stage, objection, silence
+from regtool.optimise.guard import ENOUGH, LEAST, LEAST_OF, Stage, objection, silence
 from regtool.optimise.modality import similarity_for
 from regtool.optimise.refine import refine
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Measure, Parameters, Refine
 from regtool.workflows.oneshot import Learned, Progress, learn
 from regtool.workflows.planner import Plan, make_plan
-from regtool.workflows.runtime import memory_limit_bytes
+from regtool.workflows.runtime import Clock, memory_limit_bytes
 from regtool.workflows.warp import invert_points
 
 log = logging.getLogger("regtool")
@@ -38,22 +36,6 @@ log = logging.getLogger("regtool")
 ASKED_VOXELS = 250_000  # of the grid on which the relation of intensities is asked
 ROUGH_VOXELS = 15_000  # of the grid on which the anatomies are brought together roughly for that
 ROUGH = Refine(iterations=15, levels=2, finest="mi", diffusion=10, smoothings=6)  # what AGREEMENT in optimise/modality was measured after
-
-
-@dataclass
-class Clock:
-    """Seconds by name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -72,6 +54,11 @@ class Setup:
     adapt: bool = False
     name: str = ""  # of the time point, where there are several
     by_default: bool = False
+
+    @property
+    def whose(self) -> str:
+        """What a message begins with."""
+        return f"{self.name}: " if self.name else ""
 
     @property
     def learns(self) -> bool:
@@ -297,7 +284,7 @@ def _told(course: Course) -> bool:
     why = "" if chosen or course.measure.name != "mi" else silence(course.score)
     if why:
         course.stages.append(Stage("deform", False, 0.0, course.score, why))
-        log.warning("%sonly aligned: %s; -m METHOD or --similarity NAME deforms them nevertheless", f"{setup.name}: " if setup.name else "", why)
+        log.warning("%sonly aligned: %s; -m METHOD or --similarity NAME deforms them nevertheless", setup.whose, why)
     return not why
 
 
@@ -323,7 +310,7 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
         found = DisplacementField.from_voxels(u.cpu(), grid)
         if field is not None:
             found = compose(found, field)
-        taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, extra=turn > 0)
+        taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, field is None, extra=turn > 0)
         if taken is None:
             break
         field, started = taken, time.perf_counter()
@@ -337,18 +324,20 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
     refined = refine(course.pair(aligned, grid), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
-    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started)
+    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started, start is None)
     return refined.losses
 
 
-def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:
-    """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails."""
+def _offered(
+    course: Course, name: str, field: DisplacementField, base: Transform, started: float, first: bool, extra: bool = False
+) -> DisplacementField | None:
+    """The field, repaired where it folds, if it was taken. first: no other was before; extra: an attempt that is no loss where it fails."""
     field, folding, note = _repaired(field, course.setup.parameters)
-    taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding, LEAST)
+    least = LEAST_OF.get(course.measure.name, LEAST) if first else LEAST
+    taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding, least)
     if not taken:
-        whose = f"{course.setup.name}: " if course.setup.name else ""
         harmless = extra or (name == "network" and course.setup.by_default) or course.stages[-1].reason.endswith(ENOUGH)
-        log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", whose, name, course.stages[-1].reason)
+        log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", course.setup.whose, name, course.stages[-1].reason)
     return field if taken else None
 
 

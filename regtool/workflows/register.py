@@ -22,9 +22,9 @@ from regtool.io.transforms import read_transform
 from regtool.workflows.failure import Known, clear_failure, failure_page
 from regtool.workflows.oneshot import Progress
 from regtool.workflows.outcome import Extra, Outcome, evaluated, report_of, thresholds, write_folder
-from regtool.workflows.pair import Clock, Guides, Registered, Setup, register_pair
+from regtool.workflows.pair import Guides, Registered, Setup, register_pair
 from regtool.workflows.resolve import Resolved, resolve
-from regtool.workflows.runtime import configure, gathered_warnings, out_of_memory_explained, pick_device
+from regtool.workflows.runtime import Clock, configure, gathered_warnings, out_of_memory_explained, pick_device
 
 log = logging.getLogger("regtool")
 Resolver = Callable[[Path | None, tuple[str, ...], int | None], Resolved]

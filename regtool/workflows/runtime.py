@@ -1,4 +1,4 @@
-"""Device, threads, memory, warnings: the surroundings of a run."""
+"""Device, threads, memory, time, warnings: the surroundings of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import torch
@@ -15,6 +17,22 @@ import torch
 from regtool.errors import OutOfMemory, UsageError
 
 log = logging.getLogger("regtool")
+
+
+@dataclass
+class Clock:
+    """Seconds by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,82 @@
+"""A method's bundled weights on hearts they have never seen: the network alone, nothing aligned, refined, repaired or rolled back.
+
+    python examples/benchmarks/zeroshot.py PAIRS.csv [--methods pyramid,...] [--passes 2] [--every 4] [--max-voxels N] [--threads 2]
+
+PAIRS.csv: 2-D pairs with labels whose identifiers end in ES_to_ED and ED_to_ES (the moving image first). Each pair also with the intensities of the
+fixed image turned over. --passes: the network looks again at the pair as registered so far, always. Prints the mean Dice before and after (labels
+carried with the nearest neighbour), folding, and inverse consistency: the mean length in voxels of what is left of the displacement there followed
+by that of the images exchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from regtool.data.preprocess import network_grid, prepared, to_network
+from regtool.engines._engine import Engine
+from regtool.geometry.fields import compose_voxels, jacobian_determinant, jacobian_statistics
+from regtool.geometry.image import DisplacementField, Labels, Transform
+from regtool.geometry.sampling import stay, warp_labels, warp_voxels
+from regtool.io.images import read_image, read_labels
+from regtool.io.pairs import read_list
+from regtool.metrics.overlap import dice
+from regtool.workflows.resolve import resolve
+
+
+def overlap(labels: tuple[Labels, ...], transform: Transform) -> float:
+    """Mean Dice of the labels in the fixed map."""
+    fixed, moving = labels
+    return dice(fixed, warp_labels(moving, transform, fixed.grid, vote=False), fixed.data.unique()[1:].tolist()).mean
+
+
+def found(engine: Engine, fixed: torch.Tensor, moving: torch.Tensor, passes: int) -> torch.Tensor:
+    """(1, D, *shape) voxels."""
+    u = engine.displacement(fixed, moving)
+    for _ in range(passes - 1):
+        u = compose_voxels(u, engine.displacement(fixed, warp_voxels(moving, u)))
+    return u
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--methods", default="pyramid")
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--every", type=int, default=1, help="of the pairs of each direction")
+    parser.add_argument("--max-voxels", type=int, help="of the network's grid; left out: those of the weights")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = read_list(arguments.pairs)
+    heads = ["method", "direction", "fixed image", "pairs", "before", "network", "folding", "inverse consistency, voxels"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for method, way, inverted in product(arguments.methods.split(","), ("ES_to_ED", "ED_to_ES"), (False, True)):
+        resolved = resolve(None, (f"method={method}",), 2)
+        engine, parameters = resolved.engine, resolved.parameters
+        if engine is None:
+            parser.error(f"{method} has no 2-D weights")
+        numbers = []
+        for row in [row for row in rows if row.id.endswith(way)][:: arguments.every]:
+            images = [read_image(side.image).grey() for side in (row.fixed, row.moving)]
+            labels = tuple(read_labels(side.labels) for side in (row.fixed, row.moving) if side.labels is not None)
+            grid = network_grid(images[0].grid, parameters.grid, arguments.max_voxels)
+            fixed, moving = (to_network(prepared(image, grid, parameters.preprocess), stay(2), grid) for image in images)
+            fixed = 1 - fixed if inverted else fixed
+            with torch.inference_mode():
+                there, back = (found(engine, *pair, arguments.passes) for pair in ((fixed, moving), (moving, fixed)))
+            field = DisplacementField.from_voxels(there[0], grid)
+            folding = jacobian_statistics(jacobian_determinant(field)).folding_percent
+            left = float(compose_voxels(back, there).norm(dim=1).mean())
+            numbers.append((overlap(labels, stay(2)), overlap(labels, Transform((field,))), folding, left))
+        before, after, folds, inverse = (statistics.mean(column) for column in zip(*numbers, strict=True))
+        contrast = "inverted" if inverted else "as it is"
+        print(f"| {method} | {way} | {contrast} | {len(numbers)} | {before:.3f} | {after:.3f} | {folds:.4f} % | {inverse:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
