@@ -79,6 +79,19 @@ def test_images_that_tell_nothing_of_each_other_are_only_aligned_unless_asked_fo
         assert any("only aligned" in w and "--similarity" in w for w in report["warnings"])
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_two_contrasts_that_match_are_left_alone_and_those_that_do_not_are_deformed(moved: bool, ndim: int) -> None:
+    rng = np.random.default_rng(4)
+    target = body(ndim)
+    source = np.roll(target, 3, axis=-1) if moved else target
+    fixed, moving = (image(x + rng.normal(0, 0.5, x.shape)) for x in (target, 100 - source))
+    report = register(Request(fixed, moving, overrides=(*QUICK, "measure.name=mi", "align.method=none"))).report
+    kept = [s["name"] for s in report["stages"] if s["kept"]]
+    assert bool(kept) == moved
+    if not moved:
+        assert all("match already" in s["reason"] or "fall" in s["reason"] for s in report["stages"] if s["name"] != "align")
+
+
 def test_silence_names_both_numbers() -> None:
     assert silence(SHARED) == ""
     assert "0.12 nats" in silence(0.12) and f"{SHARED:g}" in silence(0.12)
