@@ -68,7 +68,12 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
         f"learned from made-up shapes of {size} voxels that move by up to about {reach} % of the image, aligned to some degrees; sees at most "
         f"{MAX_VOXELS[ndim]} voxels of an image: larger motion is for the alignment, finer detail for refining"
     )
-    training = {"command": f"regtool train --synthetic -p parameter_files/{card['method']}_synthetic_{ndim}d.toml", **card["training"]}
+    command = f"regtool train --synthetic -p parameter_files/{card['method']}_synthetic_{ndim}d.toml"
+    if "parent" in card["training"]:  # it went on from other weights
+        train = parameters.train
+        command += f" --set run.model={card['training']['parent']['name']} --set run.seed={parameters.run.seed}"
+        command += f" --set train.learning_rate={train.learning_rate:g} --steps {train.steps}"
+    training = {"command": command, **card["training"]}
     more = {"scores": scores} if scores else {}
     return {
         **card,
