@@ -30,7 +30,7 @@ SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
 STIFFNESS = {"mi": (1.0, 20), "ngf": (0.1, 20)}  # factor of diffusion and number of smoothings, by similarity: a supple field fits what is no motion
 SUPPLE = (0.5, 2)  # of the others
-FINEST = {("mi", 3): "ngf"}  # of a similarity in so many dimensions, at the finest level: a volume's edges tell more than its histogram
+FINEST = {("mi", 3): "ngf"}  # (similarity, dimensions): what takes over at the finest level, where few voxels fill a histogram but edges are exact
 SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 Progress = Callable[[str, int, int, float], None]
 

@@ -127,7 +127,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     aligned = course.transform
     field: DisplacementField | None = None
     learned: Learned | None = None
-    told = _told(course)
+    told = plan.network_grid is plan.refine_grid is None or _told(course)
     if plan.network_grid is not None and told:
         with clock("network"):
             field, learned = _network(course, plan.network_grid)
@@ -319,12 +319,12 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
 
 def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses."""
-    started, parameters = time.perf_counter(), course.setup.parameters
+    started, parameters, first = time.perf_counter(), course.setup.parameters, start is None
     if parameters.refine.symmetric:
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
     refined = refine(course.pair(aligned, grid), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
-    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started, start is None)
+    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started, first)
     return refined.losses
 
 
