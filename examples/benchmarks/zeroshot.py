@@ -55,8 +55,8 @@ def main() -> None:
     rows = read_list(arguments.pairs)
     heads = ["method", "direction", "fixed image", "pairs", "before", "network", "folding", "inverse consistency, voxels"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for method, way, inverted in product(arguments.methods.split(","), ("ES_to_ED", "ED_to_ES"), (False, True)):
-        resolved = resolve(None, (f"method={method}",), 2)
+    trained = {method: resolve(None, (f"method={method}",), 2) for method in arguments.methods.split(",")}
+    for (method, resolved), way, inverted in product(trained.items(), ("ES_to_ED", "ED_to_ES"), (False, True)):
         engine, parameters = resolved.engine, resolved.parameters
         if engine is None:
             parser.error(f"{method} has no 2-D weights")

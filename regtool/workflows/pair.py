@@ -127,12 +127,12 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     aligned = course.transform
     field: DisplacementField | None = None
     learned: Learned | None = None
-    told = plan.network_grid is plan.refine_grid is None or _told(course)
-    if plan.network_grid is not None and told:
+    deforms = (plan.network_grid is not None or plan.refine_grid is not None) and _told(course)
+    if plan.network_grid is not None and deforms:
         with clock("network"):
             field, learned = _network(course, plan.network_grid)
     losses = () if learned is None else learned.losses
-    if plan.refine_grid is not None and told:
+    if plan.refine_grid is not None and deforms:
         with clock("refine"):
             losses += _refine(course, plan.refine_grid, aligned, field)
     course.forget()
@@ -310,7 +310,7 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
         found = DisplacementField.from_voxels(u.cpu(), grid)
         if field is not None:
             found = compose(found, field)
-        taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, field is None, extra=turn > 0)
+        taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, extra=turn > 0)
         if taken is None:
             break
         field, started = taken, time.perf_counter()
@@ -319,21 +319,20 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
 
 def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses."""
-    started, parameters, first = time.perf_counter(), course.setup.parameters, start is None
+    started, parameters = time.perf_counter(), course.setup.parameters
     if parameters.refine.symmetric:
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
     refined = refine(course.pair(aligned, grid), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
-    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started, first)
+    _offered(course, "refine", DisplacementField.from_voxels(refined.displacement.cpu(), grid), aligned, started)
     return refined.losses
 
 
-def _offered(
-    course: Course, name: str, field: DisplacementField, base: Transform, started: float, first: bool, extra: bool = False
-) -> DisplacementField | None:
-    """The field, repaired where it folds, if it was taken. first: no other was before; extra: an attempt that is no loss where it fails."""
+def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:
+    """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails."""
     field, folding, note = _repaired(field, course.setup.parameters)
-    least = LEAST_OF.get(course.measure.name, LEAST) if first else LEAST
+    deformed = any(stage.kept and stage.name != "align" for stage in course.stages)
+    least = LEAST if deformed else LEAST_OF.get(course.measure.name, LEAST)
     taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding, least)
     if not taken:
         harmless = extra or (name == "network" and course.setup.by_default) or course.stages[-1].reason.endswith(ENOUGH)
