@@ -119,6 +119,16 @@ def test_across_contrasts(ndim: int, kind: str) -> None:
     assert distance(found.affine, truth) < 0.6 * coarseness(ndim)
 
 
+def test_nothing_changes_where_gradients_are_off(ndim: int) -> None:
+    """As they are while a network is validated, which aligns the pairs it sees first."""
+    images = pair(ndim, "oblique", mapping(ndim, "affine"))
+    expected = align(*images, "affine", stay(ndim)).affine
+    with torch.no_grad():
+        found = align(*images, "affine", stay(ndim)).affine
+    np.testing.assert_array_equal(found.matrix, expected.matrix)
+    np.testing.assert_array_equal(found.translation, expected.translation)
+
+
 def test_headers_far_apart(ndim: int) -> None:
     truth = mapping(ndim, "affine")
     found = align(*pair(ndim, "flipped", truth, at=400.0), "auto", stay(ndim))

@@ -52,7 +52,7 @@ def test_a_good_start_is_kept_and_a_solved_pair_stays_solved(ndim: int) -> None:
     moving = warp_voxels(fixed, truth)
     first = refine(Batch(fixed, moving), None, Refine(), Similarity())
     again = refine(Batch(fixed, moving), first.displacement, Refine(), Similarity())
-    assert again.losses[-1] <= first.losses[-1] + 0.01
+    assert again.losses[-1] <= 0.99 * first.losses[-1]  # both below zero
     assert float((again.displacement - first.displacement).norm(dim=1).mean()) < 0.5
 
 

@@ -13,8 +13,9 @@ from regtool.losses.regularity import bending, diffusion, folding, l2, tv
 from regtool.losses.similarity import lncc, mse, ncc
 from regtool.parameters import Measure
 
+Similarities = dict[str, Callable[..., torch.Tensor]]
 # (fixed, warped, the section of the parameter file, weight or None) -> scalar, not yet multiplied by the section's weight
-SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
+SIMILARITIES: Similarities = {
     "lncc": lambda fixed, warped, measure, weight=None: lncc(fixed, warped, weight, measure.window or 9),
     "ncc": lambda fixed, warped, measure, weight=None: ncc(fixed, warped, weight),  # noqa: ARG005
     "mse": lambda fixed, warped, measure, weight=None: mse(fixed, warped, weight),  # noqa: ARG005
@@ -23,15 +24,23 @@ SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
     "ngf": lambda fixed, warped, measure, weight=None: ngf(fixed, warped, weight),  # noqa: ARG005
     "lg": lambda fixed, warped, measure, weight=None: lg(fixed, warped, weight, measure.window or 7),
 }
+# what refining raises for the sake of one: more where windows match well, and where the whole image has its strongest edges
+RAISED: Similarities = SIMILARITIES | {
+    "lncc": lambda fixed, warped, measure, weight=None: (
+        lncc(fixed, warped, weight, measure.window or 9, information=True) + ncc(fixed, warped, weight)
+    )
+}
 REGULARITIES: dict[str, Callable[..., torch.Tensor]] = {"diffusion": diffusion, "bending": bending, "tv": tv, "l2": l2, "folding": folding}
 
 
-def similarity(fixed: torch.Tensor, warped: torch.Tensor, measure: Measure, weight: torch.Tensor | None = None) -> torch.Tensor:
+def similarity(
+    fixed: torch.Tensor, warped: torch.Tensor, measure: Measure, weight: torch.Tensor | None = None, among: Similarities = SIMILARITIES
+) -> torch.Tensor:
     """That of `measure.name`, of every channel by itself, and then their mean by `measure.channel_weights`; a scalar, higher is better.
 
     fixed, warped: (N, C, *shape); weight: (N, 1, *shape) >= 0, where similarity counts. One channel has no weight beside another.
     """
-    one, channels = SIMILARITIES[measure.name], fixed.shape[1]
+    one, channels = among[measure.name], fixed.shape[1]
     if channels == 1:
         return one(fixed, warped, measure, weight)
     shares = measure.channel_weights or (1.0,) * channels

@@ -13,19 +13,23 @@ from torch.autograd.function import once_differentiable
 from regtool.losses.means import accumulator, at_least_float32, share, share_of_each
 from regtool.losses.window import chunks, window_count, window_sum
 
+MATCH = 0.95  # share of a window's variance that the best match explains: what bounds the information of a window
 EPSILON = 1e-5  # smallest variance a voxel that counts, for intensities in [0, 1]: a standard deviation of 0.003
 
 
-def lncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None, window: int = 9) -> torch.Tensor:
+def lncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None, window: int = 9, information: bool = False) -> torch.Tensor:
     """Squared local normalised correlation in [0, 1] over windows of `window`^D voxels (Balakrishnan 2018, with the squares their Eq. 5 lost).
 
     `cov^2 / (max(var_f, eps) max(var_w, eps))`, with the mean over the voxels a window really has (zero padding would make any two images
     agree at the border), after the volume's mean was taken off (E[x^2] - E[x]^2 of Hounsfield units has no digits left in float32).
     Windows flatter than eps = 1e-5, or than rounding can tell, count as no correlation. Blind to contrast inversion within a window.
+
+    information: of each square c the nats `-log(1 - 0.95 c) / 2`, at most 1.5, that two normal variables so correlated tell of each other: where
+    a window matches well, little is made of what is still missing by c, and much by this.
     """
     fixed, warped = at_least_float32(fixed), at_least_float32(warped)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (fixed, warped))
-    return _Lncc.apply(fixed, warped, share(fixed, weight), window, wanted)  # type: ignore[no-untyped-call]
+    return _Lncc.apply(fixed, warped, share(fixed, weight), window, wanted, information)  # type: ignore[no-untyped-call]
 
 
 def ncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,13 +58,15 @@ class _Lncc(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, fixed: torch.Tensor, warped: torch.Tensor, share: torch.Tensor, window: int, wanted: tuple[bool, bool]) -> torch.Tensor:
+    def forward(
+        ctx: Any, fixed: torch.Tensor, warped: torch.Tensor, share: torch.Tensor, window: int, wanted: tuple[bool, bool], information: bool
+    ) -> torch.Tensor:
         shape = fixed.shape
         a, b = (x.detach().reshape(-1, *shape[2:]) for x in (fixed, warped))
         share = share.detach().expand(shape).reshape(a.shape) if share.dim() else share.detach()
         centres = [x.flatten(1).mean(dim=1).reshape(-1, *[1] * (x.dim() - 1)) for x in (a, b)]
         sums = _first_pass(a, b, centres, window)
-        value, sums = _second_pass(sums, share, [_floor(x, c) for x, c in zip((a, b), centres, strict=True)], window, wanted)
+        value, sums = _second_pass(sums, share, [_floor(x, c) for x, c in zip((a, b), centres, strict=True)], window, wanted, information)
         gradients = _third_pass(a, b, centres, sums, window, wanted)
         ctx.save_for_backward(*gradients)
         ctx.wanted, ctx.shape = wanted, shape
@@ -71,7 +77,7 @@ class _Lncc(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = [(upstream * next(saved)).reshape(ctx.shape) if wanted else None for wanted in ctx.wanted]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _floor(x: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -90,7 +96,7 @@ def _first_pass(a: torch.Tensor, b: torch.Tensor, centres: list[torch.Tensor], w
 
 
 def _second_pass(
-    sums: torch.Tensor, share: torch.Tensor, floors: list[torch.Tensor], window: int, wanted: tuple[bool, bool]
+    sums: torch.Tensor, share: torch.Tensor, floors: list[torch.Tensor], window: int, wanted: tuple[bool, bool], information: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The similarity; and, in place of the sums, the parts of its gradient, summed along the first axis."""
     m, n, *rest = sums.shape[1:]
@@ -109,9 +115,16 @@ def _second_pass(
         va, vb, covariance = mean[2] - ma * ma, mean[3] - mb * mb, mean[4] - ma * mb
         inverse = 1 / (torch.maximum(va, floors[0]) * torch.maximum(vb, floors[1]))
         g = share[..., r] if share.dim() else share
-        slope = covariance * inverse * g  # half of d/d covariance
+        slope = covariance * inverse
         square = covariance * slope
-        value += square.sum(dtype=value.dtype)
+        if information:
+            left = 1 - MATCH * square
+            value += (left.log() * (-0.5 * g)).sum(dtype=value.dtype)
+            g = 0.5 * MATCH * g / left  # what a change of the square counts
+        slope *= g  # half of d/d covariance
+        square *= g
+        if not information:
+            value += square.sum(dtype=value.dtype)
         if not any(wanted):
             continue
         slope = 2 * slope / count

@@ -220,10 +220,11 @@ class _Placed:
     def normal_equations(self, linear: Array, basis: Array) -> tuple[Array, Array]:
         """Gradient (K,) and information (K, K) of the score for the motions `basis`; linear: (D, D), fixed to moving mm."""
         level, bins = self.level, self.level.bins
-        index = self.index.requires_grad_()
-        (of_value,) = torch.autograd.grad(sample(level.moving[:1], index).sum(), index)
-        rim = ((self.inside < 1) & (self.inside > 0)).nonzero()[:, 0]  # elsewhere the overlap does not change
-        (of_inside,) = torch.autograd.grad(sample(level.moving[1:], index[rim]).sum(), index)
+        with torch.enable_grad():  # whoever aligns a pair may be validating a network
+            index = self.index.requires_grad_()
+            (of_value,) = torch.autograd.grad(sample(level.moving[:1], index).sum(), index)
+            rim = ((self.inside < 1) & (self.inside > 0)).nonzero()[:, 0]  # elsewhere the overlap does not change
+            (of_inside,) = torch.autograd.grad(sample(level.moving[1:], index[rim]).sum(), index)
         slope = _spread(self.pointwise).flatten().float()
         low, high = slope[self.cell], slope[self.cell + 1]
         by_value = (high - low) * (bins - 3) * self.weight

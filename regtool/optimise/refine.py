@@ -21,15 +21,19 @@ from regtool.geometry.fields import exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.geometry.sampling import resample, warp_voxels
-from regtool.losses import similarity
+from regtool.losses import RAISED, SIMILARITIES, Similarities, similarity
 from regtool.losses.regularity import diffusion
 from regtool.losses.supervision import landmark_distance, soft_dice
 from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
-STIFFNESS = {"mi": (1.0, 20), "ngf": (0.1, 20)}  # factor of diffusion and number of smoothings, by similarity: a supple field fits what is no motion
+# factor of diffusion and number of smoothings, by similarity: a supple field fits what is no motion
+STIFFNESS = {"mi": (1.0, 20), "ngf": (0.1, 20), "lncc": (1.5, 2)}
 SUPPLE = (0.5, 2)  # of the others
+STIFF = (0.3, 20)  # of lncc, where so stiff a field explains the images
+EXPLAINED = 0.85  # lncc from which it does, at the level before the finest
+ROOM = 64  # voxels along an axis in the mean, from which that is asked: in smaller images so stiff a field is stiffer than organs
 FINEST = {("mi", 3): "ngf"}  # (similarity, dimensions): what takes over at the finest level, where few voxels fill a histogram but edges are exact
 SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 Progress = Callable[[str, int, int, float], None]
@@ -66,34 +70,53 @@ def refine(
     levels = _levels(size, parameters.levels if start is None else min(2, parameters.levels))
     iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
     finest = measure.model_copy(update={"name": parameters.finest or FINEST.get((measure.name, len(size)), measure.name)})
-    displacement = start
-    losses: list[float] = []
-    total = iterations * len(levels)
+    free = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
+    asked = levels[-2] if free and measure.name == finest.name == "lncc" and len(levels) > 1 and math.prod(size) >= ROOM ** len(size) else None
+    displacement, losses, total = start, [], iterations * (len(levels) + (asked is not None))
+
+    def told(loss: float) -> None:
+        losses.append(loss)
+        if progress is not None:
+            progress("refining", len(losses), total, loss)
+
     for shape in levels:
         here = _at(pair, shape)
         likeness = finest if shape == size else measure
-        stiff = stiffness(parameters, likeness)
-        smoothings = stiff.smoothings or 0
-        raw = _at_scale(displacement, shape, pair.fixed).detach().clone().requires_grad_()  # the start stays as it is
+        begin = _at_scale(displacement, shape, pair.fixed)
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
-        relative = [s / math.prod(steps) ** (1 / len(steps)) for s in steps]
-        optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
-        patience = max(3, iterations // 10)
-        first = len(losses)
-        for step in range(iterations):
-            optimiser.zero_grad(set_to_none=True)
-            loss = _both_ways(here, _smoothed(raw, smoothings), stiff, likeness, relative)
-            loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
-            if progress is not None:
-                progress("refining", len(losses), total, losses[-1])
-            if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
-                break
-        if losses[first] - losses[-1] > FLAT:  # Adam takes whole steps even where nothing is left to gain
-            displacement = _smoothed(raw.detach(), smoothings)
+        lowered = functools.partial(_lowered, here, begin, measure=likeness, spacing=steps, iterations=iterations, told=told)
+        if shape == asked:
+            stiff = parameters.model_copy(update={"diffusion": STIFF[0], "smoothings": STIFF[1]})
+            displacement = lowered(stiff)
+            if float(_similarity(here, displacement, likeness, SIMILARITIES)) >= EXPLAINED:
+                parameters = stiff
+                continue
+        displacement = lowered(stiffness(parameters, likeness))
     found = _at_scale(displacement, size, pair.fixed)
     return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
+
+
+def _lowered(
+    pair: Batch, start: torch.Tensor, parameters: Refine, measure: Measure, spacing: Sequence[float], iterations: int, told: Callable[[float], None]
+) -> torch.Tensor:
+    """The field of one level after `iterations` steps of Adam or until the loss is flat; `start` where it did not fall. told: of each loss."""
+    smoothings = parameters.smoothings or 0
+    relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
+    raw = start.detach().clone().requires_grad_()  # the start stays as it is
+    optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
+    patience = max(3, iterations // 10)
+    losses: list[float] = []
+    for step in range(iterations):
+        optimiser.zero_grad(set_to_none=True)
+        loss = _both_ways(pair, _smoothed(raw, smoothings), parameters, measure, relative)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        told(losses[-1])
+        if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
+            break
+    fell = bool(losses) and losses[0] - losses[-1] > FLAT  # Adam takes whole steps even where nothing is left to gain
+    return _smoothed(raw.detach(), smoothings) if fell else start
 
 
 def stiffness(parameters: Refine, measure: Measure) -> Refine:
@@ -113,13 +136,18 @@ def _both_ways(pair: Batch, field: torch.Tensor, parameters: Refine, measure: Me
     return rough + (_objective(pair, there, parameters, measure) + _objective(pair.swapped(), back, parameters, measure)) / 2
 
 
-def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
-    """Minus the similarity, and what labels and landmarks say."""
+def _similarity(pair: Batch, u: torch.Tensor, measure: Measure, among: Similarities) -> torch.Tensor:
+    """Of the fixed and the warped image, where the masks count."""
     weight = pair.fixed_mask
     if pair.moving_mask is not None:
         carried = warp_voxels(pair.moving_mask, u.detach())
         weight = carried if weight is None else weight * carried
-    loss = -similarity(pair.fixed, warp_voxels(pair.moving, u), measure, weight)
+    return similarity(pair.fixed, warp_voxels(pair.moving, u), measure, weight, among)
+
+
+def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
+    """Minus the similarity, and what labels and landmarks say."""
+    loss = -_similarity(pair, u, measure, RAISED)
     if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
         loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
     if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:
