@@ -13,7 +13,7 @@ from regtool.geometry.fields import compose_voxels, corner_determinant, jacobian
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
 from regtool.geometry.sampling import warp_voxels
-from regtool.optimise.refine import _levels, _smoothed, refine
+from regtool.optimise.refine import Adam, _levels, _smoothed, refine
 from regtool.parameters import Measure, Refine, Similarity
 from regtool.workflows.register import Request, register
 from tests.conftest import smooth_field
@@ -91,6 +91,19 @@ def test_smoothing_equals_a_padded_mean_and_its_gradient_is_right(ndim: int) -> 
     assert np.allclose(_smoothed(u, 1).detach().numpy(), expected)
     assert torch.autograd.gradcheck(lambda x: _smoothed(x, 2), (u,))
     assert _smoothed(torch.ones(1, ndim, *[1] * ndim), 2).eq(1).all()
+
+
+def test_adam_is_that_of_torch(ndim: int) -> None:
+    ours, theirs = (textured(ndim).double().clone().requires_grad_() for _ in range(2))
+    mine, other = Adam(ours, 0.25), torch.optim.Adam([theirs], lr=0.25, betas=(0.9, 0.99))
+    for step in range(12):
+        for moved in (ours, theirs):
+            moved.grad = None
+            ((moved - 0.3) ** 4 + moved.sin() * step).sum().backward()
+        assert ours.grad is not None
+        mine.step(ours.grad)
+        other.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_levels_halve_and_stop(ndim: int) -> None:

@@ -41,7 +41,7 @@ def thin_plate(control: torch.Tensor, spacing: int) -> torch.Tensor:
     """
     u = control.to(torch.promote_types(control.dtype, torch.float32))
     h, w = u.shape[2:]
-    basis = u.new_empty(h * w, spacing**2 * h * w) if u.is_meta else _thin_plate_basis(h, w, spacing, u.device, u.dtype)
+    basis = _thin_plate_basis(h, w, spacing, u.device, u.dtype)
     with _full_precision(u):
         return torch.matmul(u.flatten(2), basis).reshape(*u.shape[:2], spacing * h, spacing * w)
 
@@ -56,8 +56,8 @@ def limited(control: torch.Tensor, spacing: int, share: float = 0.40) -> torch.T
 
 
 def _full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Displacements in bfloat16 would come in steps of a tenth of a voxel; the meta device knows no autocast."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """Displacements in bfloat16 would come in steps of a tenth of a voxel."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _weights(n: int, spacing: int, order: int, edge: Edge, like: torch.Tensor) -> torch.Tensor:

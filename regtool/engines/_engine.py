@@ -21,11 +21,13 @@ class Engine(nn.Module, ABC):
     """One registration method: for fixed F and moving M on one voxel grid of any size, `M(x + displacement(F, M)(x))` resembles `F(x)`.
 
     phases: one optimiser each, run in this order in every step, each on pairs of its own; a method with an adversary declares several, the
-    one that trains what `displacement` uses last. passes: how many passes like `displacement` a step of training keeps in memory.
+    one that trains what `displacement` uses last. passes: how many passes like `displacement` a step of training keeps in memory. whole: the
+    only shape of images that it takes, where that is so.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("registration",)
     passes: ClassVar[int] = 1
+    whole: tuple[int, ...] | None = None
 
     def __init__(self, settings: Section, parameters: Parameters, *, ndim: int, channels: int = 1) -> None:  # noqa: ARG002
         """settings: the method's own `[engine]` section; parameters: the whole file; channels: of each image."""

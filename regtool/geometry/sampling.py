@@ -43,8 +43,6 @@ def warp_voxels(image: torch.Tensor, displacement: torch.Tensor, outside: float 
     image: (N, C, *shape); displacement: (N, D, *shape) in voxels of the same grid, component 0 is x (the last axis).
     outside: the value beyond the image; None continues the border outwards.
     """
-    if image.is_meta:  # for the shape alone torch takes a quarter of a second in 2-D, where it goes through every operation in Python
-        return torch.empty_like(image)
     shape = image.shape[2:]
     index = identity(shape, displacement) + displacement.movedim(1, -1)
     values = F.grid_sample(image, _normalised(index, shape), mode="bilinear", padding_mode="border", align_corners=True)
@@ -63,8 +61,6 @@ def resize_voxels(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(N, C, *shape) images onto another number of voxels over the same block of space (edge to edge), linear. Values are not rescaled."""
     if tuple(data.shape[2:]) == tuple(shape):
         return data
-    if data.is_meta:  # as in warp_voxels
-        return data.new_empty(*data.shape[:2], *shape)
     index = identity(shape, data)
     ratio = torch.as_tensor([m / n for n, m in zip(shape, data.shape[2:], strict=True)][::-1], dtype=data.dtype, device=data.device)
     points = _normalised((index + 0.5) * ratio - 0.5, data.shape[2:])

@@ -103,20 +103,35 @@ def _lowered(
     smoothings = parameters.smoothings or 0
     relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
     raw = start.detach().clone().requires_grad_()  # the start stays as it is
-    optimiser = torch.optim.Adam([raw], lr=parameters.step_voxels, betas=(0.9, 0.99))
+    optimiser = Adam(raw, parameters.step_voxels)
     patience = max(3, iterations // 10)
     losses: list[float] = []
     for step in range(iterations):
-        optimiser.zero_grad(set_to_none=True)
         loss = _both_ways(pair, _smoothed(raw, smoothings), parameters, measure, relative)
-        loss.backward()
-        optimiser.step()
+        (gradient,) = torch.autograd.grad(loss, raw)
+        optimiser.step(gradient)
         losses.append(float(loss.detach()))
         told(losses[-1])
         if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
             break
     fell = bool(losses) and losses[0] - losses[-1] > FLAT  # Adam takes whole steps even where nothing is left to gain
     return _smoothed(raw.detach(), smoothings) if fell else start
+
+
+class Adam:
+    """Kingma and Ba 2015, of one tensor, which is changed in place. torch's own loads its compiler first, a second for every registration."""
+
+    def __init__(self, moved: torch.Tensor, rate: float, betas: tuple[float, float] = (0.9, 0.99), epsilon: float = 1e-8) -> None:
+        self.moved, self.rate, self.betas, self.epsilon = moved.detach(), rate, betas, epsilon
+        self.first, self.second, self.steps = torch.zeros_like(self.moved), torch.zeros_like(self.moved), 0
+
+    def step(self, gradient: torch.Tensor) -> None:
+        """gradient: of what is lowered, with the shape of `moved`."""
+        self.steps += 1
+        self.first.lerp_(gradient, 1 - self.betas[0])
+        self.second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+        width = (self.second / (1 - self.betas[1] ** self.steps)).sqrt_().add_(self.epsilon)
+        self.moved.addcdiv_(self.first, width, value=-self.rate / (1 - self.betas[0] ** self.steps))
 
 
 def stiffness(parameters: Refine, measure: Measure) -> Refine:

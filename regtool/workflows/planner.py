@@ -25,6 +25,8 @@ BASE = 490 * 2**20  # Python, torch and SimpleITK themselves, and what they load
 LEARNING = 60 * 2**20  # what the first gradient loads
 FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
 ALIGNING = 5  # volumes of an image that is scaled and shrunk
+PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
+MULTIPLE = 16  # of so many voxels is what most networks make of an axis
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
 FIELD = 8  # volumes a component of the field, while it is refined: itself, its gradients, Adam's moments, the smoothed one, the points it leads to
@@ -32,7 +34,7 @@ MEASURES = {"lncc": 7, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse
 
 
 def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: bool) -> int:
-    """Bytes that the network's layers need for one pair of `shape`, found by running it on the meta device, which computes nothing.
+    """Bytes that the network's layers need for one pair of `shape`, found by running an untrained one on a small pair.
 
     Training keeps every output and its gradient. Inference has one layer at work at a time; a convolution reorders what it takes and gives.
     """
@@ -45,8 +47,8 @@ def _activation_bytes(model: str, shape: tuple[int, ...], training: bool) -> int
 
 
 def _outline(parameters: Parameters, ndim: int) -> Engine:
-    """The engine with shapes and no numbers."""
-    with torch.device("meta"):
+    """The engine, untrained; no random number is used up."""
+    with torch.random.fork_rng(devices=[]):
         return build(parameters, ndim)
 
 
@@ -61,15 +63,17 @@ def _layers(engine: Engine, shape: tuple[int, ...], training: bool) -> int:
             at_work.append(touched * (2 if any(p.dim() >= 4 for p in layer.parameters()) else 1))
 
     handles = [m.register_forward_hook(note) for m in engine.modules() if not list(m.children())]
-    image = torch.empty(1, 1, *shape, device="meta")
+    small = engine.whole or tuple(min(n, PROBE[len(shape)]) for n in shape)
+    image = torch.zeros(1, 1, *small)
     with torch.no_grad():
         engine.displacement(image, image)
     for handle in handles:
         handle.remove()
+    growth = math.prod(1 if n == m else -(-n // MULTIPLE) * MULTIPLE / m for n, m in zip(shape, small, strict=True))
     image_bytes = math.prod(shape) * 4
     if training:  # outputs and their gradients; work space and the similarity; in every pass that is kept for the gradient
-        return engine.passes * (2 * sum(outputs) + 55 * image_bytes)
-    return max(max(at_work, default=0) + NETWORK * image_bytes, STANDING * image_bytes)
+        return engine.passes * (int(2 * growth * sum(outputs)) + 55 * image_bytes)
+    return max(int(growth * max(at_work, default=0)) + NETWORK * image_bytes, STANDING * image_bytes)
 
 
 def training_bytes(parameters: Parameters, shape: tuple[int, ...], engine: Engine | None = None) -> int:
