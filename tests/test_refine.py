@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from regtool.geometry.fields import compose_voxels, corner_determinant, jacobian
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
 from regtool.geometry.sampling import warp_voxels
-from regtool.optimise.refine import Adam, _levels, _smoothed, refine
+from regtool.optimise import refine as refining
+from regtool.optimise.refine import STIFF, STIFFNESS, Adam, _levels, _smoothed, refine
 from regtool.parameters import Measure, Refine, Similarity
 from regtool.workflows.register import Request, register
 from tests.conftest import smooth_field
@@ -106,6 +108,25 @@ def test_adam_is_that_of_torch(ndim: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The levels before do not matter: there is one, on which it is asked."""
+    fixed = textured(ndim)
+    moving = warp_voxels(fixed, smooth_field(Grid.regular(SHAPE[:ndim]), 1.5, 4).data[None])
+    moving = moving + noise * torch.rand(moving.shape, generator=torch.Generator().manual_seed(1))
+    pair, settings = Batch(fixed, moving), Refine(levels=2, iterations=20)
+    supple, stiff = (settings.model_copy(update={"diffusion": d, "smoothings": s}) for d, s in (STIFFNESS["lncc"], STIFF))
+    plain, _, expected = (refine(pair, None, chosen, Similarity()).displacement for chosen in (settings, stiff, supple))
+    torch.testing.assert_close(plain, expected, rtol=0, atol=0)  # too small an image to be asked
+    monkeypatch.setattr(refining, "ROOM", 30)
+    monkeypatch.setattr(refining, "EXPLAINED", 0.5)
+    found = refine(pair, None, settings, Similarity())
+    expected = refine(pair, None, stiff if noise == 0 else supple, Similarity()).displacement
+    torch.testing.assert_close(found.displacement, expected, rtol=0, atol=0)
+    asked_for = refine(pair, None, settings.model_copy(update={"diffusion": 1.0}), Similarity()).displacement
+    assert not torch.equal(found.displacement, asked_for)
+
+
 def test_levels_halve_and_stop(ndim: int) -> None:
     assert _levels((96, 80, 64)[:ndim], 3)[0] == (24, 20, 16)[:ndim]
     assert _levels((96, 80, 64)[:ndim], 3)[-1] == (96, 80, 64)[:ndim]
@@ -137,6 +158,24 @@ def test_refining_after_a_network_scores_higher_than_the_network(ndim: int) -> N
     alone, refined = (register(Request(fixed, moving, overrides=(*ALONE, *method, f"refine.iterations={n}"))).report for n in (0, 40))
     assert refined["similarity"]["after"] > alone["similarity"]["after"]
     assert [s["name"] for s in refined["stages"]] == ["align", "network", "refine"]
+
+
+def test_the_field_goes_on_where_there_is_nothing_to_see(ndim: int, orientation: str) -> None:
+    """A wide border of one value: only what is within is refined, on a finer grid, and beyond it the displacement is that of its rim."""
+    fixed, moving = phantom(ndim, orientation)
+    wide = tuple(n + 40 for n in fixed.grid.size)
+    grid = replace(fixed.grid, size=wide, origin=tuple(fixed.grid.to_physical(np.full((1, ndim), -20.0))[0].tolist()))
+    data = torch.full((1, *grid.shape), float(fixed.data.min()))
+    data[(slice(None), *[slice(20, -20)] * ndim)] = fixed.data
+    alone = (*ALONE, "run.model=none", "align.method=none", "guard.repair_folds=false", "guard.max_folding_percent=100")
+    result = register(Request(Image(data, grid), moving, overrides=alone))
+    field = result.displacements[0].data
+    assert float(field.abs().max()) > 0.5
+    for axis in range(1, ndim + 1):
+        torch.testing.assert_close(field.narrow(axis, 0, 12), field.narrow(axis, 0, 1).expand_as(field.narrow(axis, 0, 12)), rtol=0, atol=1e-4)
+    plain = register(Request(fixed, moving, overrides=alone))
+    inner = (slice(None), *[slice(20, -20)] * ndim)
+    assert float((result.warped.data[inner] - fixed.data).abs().mean()) < 1.5 * float((plain.warped.data - fixed.data).abs().mean())
 
 
 def test_refining_repeats_bit_for_bit(tmp_path: Path, ndim: int) -> None:

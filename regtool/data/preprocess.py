@@ -18,6 +18,7 @@ from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
 QUANTILE_SAMPLES = 1_000_000
+RIM = 0.02  # of each axis, around what there is to see
 
 
 def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None = None) -> Grid:
@@ -39,6 +40,20 @@ def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None
             low, high = (low, middle) if fits else (middle, high)
         size = _size(fixed, np.maximum(spacing, high))
     return fixed if tuple(size.tolist()) == fixed.size else fixed.resized(tuple(size.tolist()))
+
+
+def content(image: Image) -> tuple[tuple[float, float], ...]:
+    """The block that holds what there is to see, as parts of the array's axes from 0 to 1: beyond it all is as in the first voxel, within 1 % of
+    the range of intensities; and a rim of 2 % of each axis.
+    """
+    first = image.data.flatten(1)[:, 0].reshape(-1, *[1] * image.grid.ndim)
+    flat = image.data.flatten(1)
+    there = ((image.data - first).abs() > 0.01 * (flat.amax(1) - flat.amin(1)).reshape(first.shape)).any(0)
+    out = []
+    for axis, n in enumerate(there.shape):
+        planes = there.movedim(axis, 0).flatten(1).any(1).nonzero()
+        out.append((max(int(planes[0]) / n - RIM, 0.0), min((int(planes[-1]) + 1) / n + RIM, 1.0)) if len(planes) else (0.0, 1.0))
+    return tuple(out)
 
 
 def normalised(image: Image, parameters: Preprocess) -> Image:

@@ -22,12 +22,13 @@ class Engine(nn.Module, ABC):
 
     phases: one optimiser each, run in this order in every step, each on pairs of its own; a method with an adversary declares several, the
     one that trains what `displacement` uses last. passes: how many passes like `displacement` a step of training keeps in memory. whole: the
-    only shape of images that it takes, where that is so.
+    only shape of images that it takes, where that is so. multiple: of so many voxels are the axes that the network makes of an image's.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("registration",)
     passes: ClassVar[int] = 1
     whole: tuple[int, ...] | None = None
+    multiple: int = 1
 
     def __init__(self, settings: Section, parameters: Parameters, *, ndim: int, channels: int = 1) -> None:  # noqa: ARG002
         """settings: the method's own `[engine]` section; parameters: the whole file; channels: of each image."""

@@ -69,6 +69,7 @@ class Cycle(Engine):
         self.cycle_weight = settings.cycle_weight
         self.identity_weight = settings.identity_weight
         self.network = Network(settings.variant, settings.integration_steps, ndim=ndim, channels=channels)
+        self.multiple = self.network.multiple
         self.reverse = None if settings.shared else Network(settings.variant, settings.integration_steps, ndim=ndim, channels=channels)
         if settings.init == "paper":
             self.apply(_as_published)

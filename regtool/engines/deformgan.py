@@ -73,12 +73,13 @@ class DeformGAN(Engine):
         self.top = parameters.preprocess.top
         self.gradients = Similarity(name="lg", window=settings.gradient_window)
         self.network = PlainUNet(ndim, 2 * channels, settings.channels, small_head(ndim, settings.channels[0], ndim))
+        self.multiple = self.network.multiple
         self.adversary: Adversary | None = Adversary(settings, ndim, channels)
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels."""
         images = self._scaled(torch.cat([moving, fixed], dim=1))
-        return dense(at_multiple(self.network, images, self.network.multiple))
+        return dense(at_multiple(self.network, images, self.multiple))
 
     def losses(self, batch: Batch, phase: str) -> dict[str, torch.Tensor]:
         """Weighted terms by name, the same names in every step: those that a warm-up leaves out are zero."""

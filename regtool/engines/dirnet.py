@@ -59,7 +59,7 @@ class DIRNet(Engine):
 
     def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
         super().__init__(settings, parameters, ndim=ndim, channels=channels)
-        self.spacing = 2**settings.downsamplings
+        self.spacing = self.multiple = 2**settings.downsamplings
         self.whole = _whole(parameters, ndim) if settings.variant == "c2" else None
         if ndim not in DIMENSIONS.get(settings.variant, (ndim,)):
             raise ParameterError(

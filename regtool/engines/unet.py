@@ -47,10 +47,11 @@ class PooledUNet(Engine):
         super().__init__(settings, parameters, ndim=ndim, channels=channels)
         self.pooling = 2**settings.pooling_levels
         self.network = SummingUNet(ndim, 2 * channels, ndim, CHANNELS, norm=settings.norm, dropout=settings.dropout)
+        self.multiple = self.pooling * self.network.multiple
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels."""
-        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.pooling * self.network.multiple).contiguous()
+        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.multiple).contiguous()
 
     def _deform(self, images: torch.Tensor) -> torch.Tensor:
         return dense(self.network(average_pool(images, self.pooling)), images.shape[2:])

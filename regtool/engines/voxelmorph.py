@@ -63,6 +63,7 @@ class VoxelMorph(Engine):
     def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
         super().__init__(settings, parameters, ndim=ndim, channels=channels)
         self.network = Network(settings.variant, settings.integration_steps, ndim=ndim, channels=channels)
+        self.multiple = self.network.multiple
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels."""

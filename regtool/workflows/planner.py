@@ -26,9 +26,9 @@ LEARNING = 60 * 2**20  # what the first gradient loads
 FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
 ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
-MULTIPLE = 16  # of so many voxels is what most networks make of an axis
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
+LEAST_SHARE = 0.5  # that makes the refined grid finer
 FIELD = 8  # volumes a component of the field, while it is refined: itself, its gradients, Adam's moments, the smoothed one, the points it leads to
 MEASURES = {"lncc": 7, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, measured
 
@@ -69,7 +69,8 @@ def _layers(engine: Engine, shape: tuple[int, ...], training: bool) -> int:
         engine.displacement(image, image)
     for handle in handles:
         handle.remove()
-    growth = math.prod(1 if n == m else -(-n // MULTIPLE) * MULTIPLE / m for n, m in zip(shape, small, strict=True))
+    whole, tried = (math.prod(-(-n // engine.multiple) for n in one) for one in (shape, small))
+    growth = whole / tried
     image_bytes = math.prod(shape) * 4
     if training:  # outputs and their gradients; work space and the similarity; in every pass that is kept for the gradient
         return engine.passes * (int(2 * growth * sum(outputs)) + 55 * image_bytes)
@@ -129,11 +130,19 @@ class Plan:
 
 
 def make_plan(
-    fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int, channels: tuple[int, int] = (1, 1), compared: int = 1
+    fixed: Grid,
+    moving: Grid,
+    parameters: Parameters,
+    training: bool,
+    limit_bytes: int,
+    channels: tuple[int, int] = (1, 1),
+    compared: int = 1,
+    share: float = 1.0,
 ) -> Plan:
     """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
-    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at.
+    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; share: of the fixed image's block that is
+    refined, the finer for it, up to twice as many voxels in the whole block.
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
     limit = int(SHARE * limit_bytes)
@@ -150,7 +159,7 @@ def make_plan(
         return activation_bytes(parameters, grid.shape, training) + LEARNING * training
 
     def refined(grid: Grid) -> int:
-        return _refining(grid, parameters, compared)
+        return _refining(grid, share, parameters, compared)
 
     stages = [stage for stage, asked in ((refined, parameters.refine.iterations > 0), (learning, parameters.method)) if asked]
     least = network_grid(fixed, GridParameters(max_voxels=64))
@@ -160,7 +169,7 @@ def make_plan(
     network = refining = None
     needs = [aligning, warping]
     if parameters.refine.iterations > 0:
-        section = GridParameters(max_voxels=parameters.refine.max_voxels)
+        section = GridParameters(max_voxels=int(parameters.refine.max_voxels / max(share, LEAST_SHARE)))
         refining = _fitting("refine", fixed, section, None, lambda g: held(g) + max(*needs, refined(g)), limit)
         needs.append(refined(refining))
     measured = [] if refining is None else [refining]
@@ -197,9 +206,9 @@ def _too_little(limit: int, need: int) -> OutOfMemory:
     )
 
 
-def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
+def _refining(grid: Grid, share: float, parameters: Parameters, channels: int) -> int:
     name = "lncc" if parameters.measure.name == "auto" else parameters.measure.name  # mi, the other that it may become, needs about as much
-    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + MEASURES[name] * channels)
+    return LEARNING + int(4 * grid.voxels * share * (FIELD * grid.ndim + MEASURES[name] * channels))
 
 
 def _warping(ndim: int, parameters: Parameters, channels: int) -> int:

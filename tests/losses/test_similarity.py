@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from regtool.losses import RAISED, SIMILARITIES
 from regtool.losses import window as window_module
-from regtool.losses.similarity import EPSILON, lncc, mse, ncc
+from regtool.losses.similarity import EPSILON, MATCH, lncc, mse, ncc
 from regtool.losses.window import window_sum
+from regtool.parameters import Measure
 from tests.losses import rand, shape_of
 
 
@@ -37,6 +39,31 @@ def test_lncc_is_the_naive_loop(ndim: int, window: int, chunk: int, monkeypatch:
     assert float(lncc(a.float(), b.float(), window=window)) == pytest.approx(naive.mean(), abs=1e-5)
     w = weight.numpy()
     assert float(lncc(a, b, weight, window=window)) == pytest.approx((naive * w).sum() / (2 * w.sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 18])
+def test_the_information_of_lncc_is_the_naive_loop(ndim: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "CHUNK", chunk)
+    a, b = (rand(1, 1, *shape_of(ndim), seed=s, dtype=torch.float64) for s in (1, 2))
+    b = 0.6 * a + 0.4 * b  # squares all the way from 0 to nearly 1
+    weight = rand(1, 1, *shape_of(ndim), seed=3, dtype=torch.float64)
+    naive = -np.log(1 - MATCH * naive_lncc(a[0, 0].numpy(), b[0, 0].numpy(), 5)) / 2
+    assert float(lncc(a, b, window=5, information=True)) == pytest.approx(naive.mean(), abs=1e-12)
+    w = weight[0, 0].numpy()
+    assert float(lncc(a, b, weight, 5, information=True)) == pytest.approx((naive * w).sum() / w.sum(), abs=1e-12)
+    assert float(lncc(a, a, window=5, information=True)) == pytest.approx(-np.log(1 - MATCH) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 18])
+def test_what_refining_raises_has_the_right_gradient(ndim: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "CHUNK", chunk)
+    assert RAISED.keys() == SIMILARITIES.keys()
+    a, b = (rand(1, 2, *(4, 3, 5)[:ndim], seed=s, dtype=torch.float64).requires_grad_() for s in (1, 2))
+    weight = rand(1, 1, *(4, 3, 5)[:ndim], seed=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, y: RAISED["lncc"](x, y, Measure(window=3), weight), (a, b), fast_mode=chunk == 1)
+    a, b = a.detach(), b.detach()
+    expected = lncc(a, b, weight, 3, information=True) + ncc(a, b, weight)
+    assert float(RAISED["lncc"](a, b, Measure(window=3), weight)) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_lncc_needs_no_gradient_without_autograd() -> None:

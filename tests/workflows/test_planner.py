@@ -13,6 +13,7 @@ from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.parameters import Parameters, Refine, Run
+from regtool.workflows import planner
 from regtool.workflows.planner import MEASURES, SHARE, activation_bytes, check_training, largest_shape, make_plan, training_bytes
 from tests.conftest import random_grid
 
@@ -93,6 +94,15 @@ def test_learning_needs_more_than_applying_and_the_largest_shape_fits(ndim: int)
         check_training(parameters, shape, limit)
 
 
+def test_what_there_is_to_see_is_refined_the_finer(ndim: int) -> None:
+    grid, parameters = Grid.regular((256,) * ndim), Parameters(refine=Refine(max_voxels=20_000))
+    whole, part, little = (make_plan(grid, grid, parameters, False, PLENTY, share=share) for share in (1.0, 0.7, 0.01))
+    assert whole.refine_grid is not None and part.refine_grid is not None and little.refine_grid is not None
+    assert part.refine_grid.voxels == pytest.approx(20_000 / 0.7, rel=0.1)
+    assert little.refine_grid.voxels == pytest.approx(40_000, rel=0.1)  # the whole block still has to be carried along
+    assert part.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.1)
+
+
 def test_channels_are_counted(ndim: int) -> None:
     grid, parameters = Grid.regular((128,) * ndim), Parameters()
     one, two = (make_plan(grid, grid, parameters, False, PLENTY, (n, n), n).peak_bytes for n in (1, 2))
@@ -101,7 +111,16 @@ def test_channels_are_counted(ndim: int) -> None:
 
 
 @pytest.mark.parametrize("method", names())
-def test_a_plan_reads_no_image(method: str, ndim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes torch seconds where it has only the shape to find."""
-    monkeypatch.setattr(torch.nn.functional, "grid_sample", None)
-    assert activation_bytes(Parameters(method=method), (21, 18, 16)[:ndim], training=True) > 0
+def test_large_images_are_planned_from_a_small_one(method: str, ndim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the network itself would have told."""
+    shape, parameters = (100, 83, 90)[:ndim], Parameters(method=method)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    guessed = [activation_bytes(parameters, shape, training) for training in (False, True)]
+    assert torch.equal(torch.rand(1), expected)
+    monkeypatch.setattr(planner, "PROBE", {2: 1000, 3: 1000})
+    planner._activation_bytes.cache_clear()
+    tried = [activation_bytes(parameters, shape, training) for training in (False, True)]
+    planner._activation_bytes.cache_clear()
+    assert guessed == pytest.approx(tried, rel=0.1)
