@@ -21,8 +21,8 @@ from regtool.parameters import Grid as GridParameters
 
 log = logging.getLogger("regtool")
 SHARE = 0.8  # of a limit that predictions may fill: they were within a quarter of what whole commands took, and a limit is to be kept
-BASE = 490 * 2**20  # Python, torch and SimpleITK themselves, and what they load as they work
-LEARNING = 60 * 2**20  # what the first gradient loads
+BASE = 400 * 2**20  # Python, torch and SimpleITK themselves, and what they load as they work
+LEARNING = 40 * 2**20  # what the first gradient loads
 FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
 ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
@@ -159,7 +159,7 @@ def make_plan(
         return activation_bytes(parameters, grid.shape, training) + LEARNING * training
 
     def refined(grid: Grid) -> int:
-        return _refining(grid, share, parameters, compared)
+        return _refining(grid, parameters, compared)
 
     stages = [stage for stage, asked in ((refined, parameters.refine.iterations > 0), (learning, parameters.method)) if asked]
     least = network_grid(fixed, GridParameters(max_voxels=64))
@@ -206,9 +206,9 @@ def _too_little(limit: int, need: int) -> OutOfMemory:
     )
 
 
-def _refining(grid: Grid, share: float, parameters: Parameters, channels: int) -> int:
+def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
     name = "lncc" if parameters.measure.name == "auto" else parameters.measure.name  # mi, the other that it may become, needs about as much
-    return LEARNING + int(4 * grid.voxels * share * (FIELD * grid.ndim + MEASURES[name] * channels))
+    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + MEASURES[name] * channels)
 
 
 def _warping(ndim: int, parameters: Parameters, channels: int) -> int:

@@ -27,23 +27,24 @@ LUNG = Grid.regular((115, 157, 129))
 @pytest.mark.parametrize(
     ("fixed", "name", "voxels", "measured_mb"),
     [
-        (Grid.regular((256, 256)), "mi", 900_000, 491),
-        (Grid.regular((41, 49, 34)), "lncc", 900_000, 503),
-        (BRAIN, "lncc", 900_000, 932),
-        (BRAIN, "lncc", 7_000_000, 1375),
-        (BRAIN, "mi", 7_000_000, 1420),
-        (BRAIN, "mind", 7_000_000, 1821),
-        (BRAIN, "ngf", 7_000_000, 1984),
-        (BRAIN, "lg", 7_000_000, 2105),
-        (BRAIN, "ncc", 7_000_000, 1493),
-        (BRAIN, "mse", 7_000_000, 1444),
-        (LUNG, "lncc", 900_000, 770),
+        (Grid.regular((256, 256)), "mi", 900_000, 425),
+        (Grid.regular((41, 49, 34)), "lncc", 900_000, 438),
+        (BRAIN, "lncc", 900_000, 876),
+        (BRAIN, "lncc", 7_000_000, 1360),
+        (BRAIN, "mi", 7_000_000, 1232),
+        (BRAIN, "mind", 7_000_000, 1599),
+        (BRAIN, "ngf", 7_000_000, 1839),
+        (BRAIN, "lg", 7_000_000, 1804),
+        (BRAIN, "ncc", 7_000_000, 1281),
+        (BRAIN, "mse", 7_000_000, 1360),
+        (LUNG, "lncc", 900_000, 680),
         (CT, "lncc", 900_000, 4140),
     ],
 )
 def test_the_plan_is_within_a_quarter_of_what_whole_commands_took(fixed: Grid, name: str, voxels: int, measured_mb: float) -> None:
     parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": voxels}})
-    assert make_plan(fixed, fixed, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
+    share = 0.72 if fixed == BRAIN else 1.0  # the brains measured had no skull
+    assert make_plan(fixed, fixed, parameters, False, PLENTY, share=share).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
 
 
 @pytest.mark.parametrize(("method", "measured_mb"), [("voxelmorph", 2652), ("dirnet", 1638), ("unet", 1118), ("cycle", 1716), ("deformgan", 2977)])
