@@ -161,7 +161,7 @@ def test_refining_after_a_network_scores_higher_than_the_network(ndim: int) -> N
 
 
 def test_the_field_goes_on_where_there_is_nothing_to_see(ndim: int, orientation: str) -> None:
-    """A wide border of one value: only what is within is refined, on a finer grid, and beyond it the displacement is that of its rim."""
+    """A wide border of one value: only what is within is refined, and beyond it the displacement is that of its rim."""
     fixed, moving = phantom(ndim, orientation)
     wide = tuple(n + 40 for n in fixed.grid.size)
     grid = replace(fixed.grid, size=wide, origin=tuple(fixed.grid.to_physical(np.full((1, ndim), -20.0))[0].tolist()))

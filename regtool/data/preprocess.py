@@ -18,6 +18,7 @@ from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
 QUANTILE_SAMPLES = 1_000_000
+LEAST_SHARE = 0.5  # of an image that makes the grid of what it shows finer: all of it has to be carried along
 RIM = 0.02  # of each axis, around what there is to see
 
 
@@ -54,6 +55,14 @@ def content(image: Image) -> tuple[tuple[float, float], ...]:
         planes = there.movedim(axis, 0).flatten(1).any(1).nonzero()
         out.append((max(int(planes[0]) / n - RIM, 0.0), min((int(planes[-1]) + 1) / n + RIM, 1.0)) if len(planes) else (0.0, 1.0))
     return tuple(out)
+
+
+def shown(image: Image, voxels: int) -> tuple[Grid, list[slice]]:
+    """A grid over the whole image, and the block of it that holds `content`, about `voxels` of them: as slices of the array's axes."""
+    parts = content(image)
+    share = max(math.prod(high - low for low, high in parts), LEAST_SHARE)
+    grid = network_grid(image.grid, GridParameters(), int(voxels / share))
+    return grid, [slice(int(low * n), math.ceil(high * n)) for (low, high), n in zip(parts, grid.shape, strict=True)]
 
 
 def normalised(image: Image, parameters: Preprocess) -> Image:

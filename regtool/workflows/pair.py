@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import content, continued, network_grid, one_channel, prepared, seen, to_network
+from regtool.data.preprocess import continued, network_grid, one_channel, prepared, seen, shown, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -118,9 +117,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     target, source, weights = seen(fixed, moving, parameters.preprocess, parameters.measure.channel_weights)
     check_pair(target, source)
     limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
-    block = content(target)
-    share = math.prod(high - low for low, high in block)
-    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), share)
+    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data))
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):
         course = Course(target, source, setup, plan.measuring_grid, before, guides, weights)
@@ -138,7 +135,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     losses = () if learned is None else learned.losses
     if plan.refine_grid is not None and deforms:
         with clock("refine"):
-            losses += _refine(course, plan.refine_grid, aligned, field, block)
+            losses += _refine(course, plan.refine_grid, aligned, field)
     course.forget()
     with clock("warp"):
         displacement = displacement_on(course.transform, fixed.grid)
@@ -321,21 +318,22 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
     return field, learned
 
 
-def _refine(
-    course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None, block: Sequence[tuple[float, float]]
-) -> tuple[float, ...]:
+def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses.
 
-    Outside `block`, of which `content` tells, there is nothing to see, and the displacement goes on as at its border.
+    Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on as at their
+    border; histograms and mean edges would not be the same without them.
     """
     started, parameters = time.perf_counter(), course.setup.parameters
     if parameters.refine.symmetric:
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved
+    block = [slice(0, n) for n in grid.shape]
+    if course.measure.name == "lncc":
+        grid, block = shown(course.fixed, grid.voxels)
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
-    cut = [slice(int(a * n), math.ceil(b * n)) for (a, b), n in zip(block, grid.shape, strict=True)]
-    inside = None if u is None else u[(slice(None), slice(None), *cut)]
-    refined = refine(course.pair(aligned, grid).cut(cut), inside, parameters.refine, course.measure, grid.spacing, course.setup.progress)
-    beyond = [n for part, length in zip(reversed(cut), reversed(grid.shape), strict=True) for n in (part.start, length - part.stop)]
+    inside = None if u is None else u[(slice(None), slice(None), *block)]
+    refined = refine(course.pair(aligned, grid).cut(block), inside, parameters.refine, course.measure, grid.spacing, course.setup.progress)
+    beyond = [n for part, length in zip(reversed(block), grid.size, strict=True) for n in (part.start, length - part.stop)]
     found = F.pad(refined.displacement, beyond, mode="replicate")
     _offered(course, "refine", DisplacementField.from_voxels(found.cpu(), grid), aligned, started)
     return refined.losses

@@ -28,7 +28,6 @@ ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
-LEAST_SHARE = 0.5  # that makes the refined grid finer
 FIELD = 8  # volumes a component of the field, while it is refined: itself, its gradients, Adam's moments, the smoothed one, the points it leads to
 MEASURES = {"lncc": 7, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, measured
 
@@ -137,12 +136,10 @@ def make_plan(
     limit_bytes: int,
     channels: tuple[int, int] = (1, 1),
     compared: int = 1,
-    share: float = 1.0,
 ) -> Plan:
     """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
-    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; share: of the fixed image's block that is
-    refined, the finer for it, up to twice as many voxels in the whole block.
+    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at.
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
     limit = int(SHARE * limit_bytes)
@@ -169,7 +166,7 @@ def make_plan(
     network = refining = None
     needs = [aligning, warping]
     if parameters.refine.iterations > 0:
-        section = GridParameters(max_voxels=int(parameters.refine.max_voxels / max(share, LEAST_SHARE)))
+        section = GridParameters(max_voxels=parameters.refine.max_voxels)
         refining = _fitting("refine", fixed, section, None, lambda g: held(g) + max(*needs, refined(g)), limit)
         needs.append(refined(refining))
     measured = [] if refining is None else [refining]

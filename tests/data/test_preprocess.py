@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import RIM, content
+from regtool.data.preprocess import RIM, content, shown
 from regtool.geometry.image import Image
 from tests.conftest import random_grid
 
@@ -22,6 +23,19 @@ def test_content_is_the_block_beyond_which_nothing_changes(ndim: int, orientatio
     assert content(Image(data, grid)) == (first, *[(0.0, 1.0)] * (ndim - 1))
     assert content(Image(data[1:] * 0, grid)) == ((0.0, 1.0),) * ndim
     assert content(Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(0)), grid)) == ((0.0, 1.0),) * ndim
+
+
+def test_what_is_shown_has_the_voxels_that_were_planned(ndim: int, orientation: str) -> None:
+    grid = random_grid(ndim, orientation, 3, 90, 100)
+    data = torch.zeros(1, *grid.shape)
+    data[(0, *[slice(5, -5)] * ndim)] = 1.0
+    for image, share in ((Image(data, grid), math.prod(1 - 10 / n + 2 * RIM for n in grid.shape)), (Image(data + torch.rand(data.shape), grid), 1.0)):
+        found, block = shown(image, 4000)
+        assert math.prod(s.stop - s.start for s in block) == pytest.approx(4000, rel=0.25)
+        assert found.voxels == pytest.approx(4000 / share, rel=0.1)
+        assert found.extent == pytest.approx(grid.extent)
+    data[0, 15:] = 0.0
+    assert shown(Image(data, grid), 4000)[0].voxels == pytest.approx(8000, rel=0.1)
 
 
 def test_a_batch_is_cut_with_its_points(ndim: int) -> None:

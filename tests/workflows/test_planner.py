@@ -43,8 +43,7 @@ LUNG = Grid.regular((115, 157, 129))
 )
 def test_the_plan_is_within_a_quarter_of_what_whole_commands_took(fixed: Grid, name: str, voxels: int, measured_mb: float) -> None:
     parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": voxels}})
-    share = 0.72 if fixed == BRAIN else 1.0  # the brains measured had no skull
-    assert make_plan(fixed, fixed, parameters, False, PLENTY, share=share).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
+    assert make_plan(fixed, fixed, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
 
 
 @pytest.mark.parametrize(("method", "measured_mb"), [("voxelmorph", 2652), ("dirnet", 1638), ("unet", 1118), ("cycle", 1716), ("deformgan", 2977)])
@@ -93,15 +92,6 @@ def test_learning_needs_more_than_applying_and_the_largest_shape_fits(ndim: int)
     assert min(found) >= 47
     with pytest.raises(OutOfMemory, match="x".join(map(str, reversed(found)))):
         check_training(parameters, shape, limit)
-
-
-def test_what_there_is_to_see_is_refined_the_finer(ndim: int) -> None:
-    grid, parameters = Grid.regular((256,) * ndim), Parameters(refine=Refine(max_voxels=20_000))
-    whole, part, little = (make_plan(grid, grid, parameters, False, PLENTY, share=share) for share in (1.0, 0.7, 0.01))
-    assert whole.refine_grid is not None and part.refine_grid is not None and little.refine_grid is not None
-    assert part.refine_grid.voxels == pytest.approx(20_000 / 0.7, rel=0.1)
-    assert little.refine_grid.voxels == pytest.approx(40_000, rel=0.1)  # the whole block still has to be carried along
-    assert part.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.1)
 
 
 def test_channels_are_counted(ndim: int) -> None:
