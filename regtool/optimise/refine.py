@@ -56,7 +56,8 @@ def refine(
     progress: Progress | None = None,
 ) -> Refined:
     """Lowers `-similarity + diffusion * roughness` of the displacement, and the terms of labels and landmarks that `parameters` ask for; the
-    similarity is that of `measure`, at the finest level `parameters.finest` or what FINEST says.
+    similarity is what RAISED has for that of `measure`, at the finest level for `parameters.finest` or what FINEST says. Where nothing is said of
+    stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED get such a field, others one as STIFFNESS says.
 
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
     a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that

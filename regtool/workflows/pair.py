@@ -328,7 +328,7 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
     if parameters.refine.symmetric:
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved
     block = [slice(0, n) for n in grid.shape]
-    if course.measure.name == "lncc":
+    if course.measure.name == "lncc" and not parameters.refine.symmetric:  # there both images count alike
         grid, block = shown(course.fixed, grid.voxels)
     u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
     inside = None if u is None else u[(slice(None), slice(None), *block)]
