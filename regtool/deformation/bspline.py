@@ -56,8 +56,8 @@ def limited(control: torch.Tensor, spacing: int, share: float = 0.40) -> torch.T
 
 
 def _full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Displacements in bfloat16 would come in steps of a tenth of a voxel."""
-    return torch.autocast(x.device.type, enabled=False)
+    """Displacements in bfloat16 would come in steps of a tenth of a voxel; the meta device knows no autocast."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _weights(n: int, spacing: int, order: int, edge: Edge, like: torch.Tensor) -> torch.Tensor:
