@@ -47,8 +47,8 @@ def content(image: Image) -> tuple[tuple[float, float], ...]:
     """The block that holds what there is to see, as parts of the array's axes from 0 to 1: beyond it all is as in the first voxel, within 1 % of
     the range of intensities; and a rim of 2 % of each axis.
     """
-    first = image.data.flatten(1)[:, 0].reshape(-1, *[1] * image.grid.ndim)
     flat = image.data.flatten(1)
+    first = flat[:, 0].reshape(-1, *[1] * image.grid.ndim)
     there = ((image.data - first).abs() > 0.01 * (flat.amax(1) - flat.amin(1)).reshape(first.shape)).any(0)
     out = []
     for axis, n in enumerate(there.shape):

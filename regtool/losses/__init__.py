@@ -16,7 +16,7 @@ from regtool.parameters import Measure
 Similarities = dict[str, Callable[..., torch.Tensor]]
 # (fixed, warped, the section of the parameter file, weight or None) -> scalar, not yet multiplied by the section's weight
 SIMILARITIES: Similarities = {
-    "lncc": lambda fixed, warped, measure, weight=None: lncc(fixed, warped, weight, measure.window or 9),
+    "lncc": lambda fixed, warped, measure, weight=None, information=False: lncc(fixed, warped, weight, measure.window or 9, information),
     "ncc": lambda fixed, warped, measure, weight=None: ncc(fixed, warped, weight),  # noqa: ARG005
     "mse": lambda fixed, warped, measure, weight=None: mse(fixed, warped, weight),  # noqa: ARG005
     "mi": lambda fixed, warped, measure, weight=None: mi(fixed, warped, weight, measure.bins),
@@ -27,7 +27,7 @@ SIMILARITIES: Similarities = {
 # what refining raises for the sake of one: more where windows match well, and where the whole image has its strongest edges
 RAISED: Similarities = SIMILARITIES | {
     "lncc": lambda fixed, warped, measure, weight=None: (
-        lncc(fixed, warped, weight, measure.window or 9, information=True) + ncc(fixed, warped, weight)
+        SIMILARITIES["lncc"](fixed, warped, measure, weight, information=True) + SIMILARITIES["ncc"](fixed, warped, measure, weight)
     )
 }
 REGULARITIES: dict[str, Callable[..., torch.Tensor]] = {"diffusion": diffusion, "bending": bending, "tv": tv, "l2": l2, "folding": folding}

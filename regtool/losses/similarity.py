@@ -121,12 +121,12 @@ def _second_pass(
             left = 1 - MATCH * square
             value += (left.log() * (-0.5 * g)).sum(dtype=value.dtype)
             g = 0.5 * MATCH * g / left  # what a change of the square counts
-        slope *= g  # half of d/d covariance
-        square *= g
-        if not information:
-            value += square.sum(dtype=value.dtype)
+        else:
+            value += (square * g).sum(dtype=value.dtype)
         if not any(wanted):
             continue
+        slope *= g  # half of d/d covariance
+        square *= g
         slope = 2 * slope / count
         parts = [slope]
         for want, own, other, variance, floor in ((wanted[0], ma, mb, va, floors[0]), (wanted[1], mb, ma, vb, floors[1])):

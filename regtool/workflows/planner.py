@@ -68,8 +68,8 @@ def _layers(engine: Engine, shape: tuple[int, ...], training: bool) -> int:
         engine.displacement(image, image)
     for handle in handles:
         handle.remove()
-    whole, tried = (math.prod(-(-n // engine.multiple) for n in one) for one in (shape, small))
-    growth = whole / tried
+    large, tried = (math.prod(-(-n // engine.multiple) for n in one) for one in (shape, small))
+    growth = large / tried
     image_bytes = math.prod(shape) * 4
     if training:  # outputs and their gradients; work space and the similarity; in every pass that is kept for the gradient
         return engine.passes * (int(2 * growth * sum(outputs)) + 55 * image_bytes)
@@ -129,13 +129,7 @@ class Plan:
 
 
 def make_plan(
-    fixed: Grid,
-    moving: Grid,
-    parameters: Parameters,
-    training: bool,
-    limit_bytes: int,
-    channels: tuple[int, int] = (1, 1),
-    compared: int = 1,
+    fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int, channels: tuple[int, int] = (1, 1), compared: int = 1
 ) -> Plan:
     """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
