@@ -239,7 +239,7 @@ class Refine(Section):
     iterations: int = Field(60, ge=0, description="steps at each level at most, half as many after a network; 0 leaves refining out")
     levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; after a network two")
     max_voxels: int = Field(1_300_000, ge=64, description="of the finest level, where the fixed image shows something")
-    step_voxels: float = Field(0.25, gt=0, description="learning rate of Adam, in voxels of the level")
+    step_voxels: float | None = Field(None, gt=0, description="learning rate of Adam, in voxels of the level; left out: 0.5 for ngf, 0.25 for others")
     finest: Alike | None = Field(
         None, description="similarity that the finest level raises; left out: ngf where [measure] is mi in 3-D, else that of [measure]"
     )
@@ -252,8 +252,8 @@ class Refine(Section):
     smoothings: int | None = Field(
         None,
         ge=0,
-        description="averages of the field over three voxels along each axis before it warps; left out: 20 for mi and ngf, 2 for others, and 20 for "
-        "lncc where so stiff a field explains the images",
+        description="averages of the field over three voxels along each axis before it warps; left out: 20 for mi, 40 for ngf, 2 for others, and "
+        "20 for lncc where so stiff a field explains the images",
     )
     symmetric: bool = Field(
         False, description="both directions at once, by a velocity: images exchanged give the inverse, nothing folds; some four times as long"

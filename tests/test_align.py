@@ -336,6 +336,7 @@ def test_hippocampus_comes_together() -> None:
     assert np.mean(after) > np.mean(before) + 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_ultrasound_is_not_made_worse() -> None:
     """Affine mutual information lowers the mean Dice of MR on ultrasound; shifts raise it."""

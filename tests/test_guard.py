@@ -18,7 +18,7 @@ FOLDING = 0.01  # percent
 
 def body(ndim: int, seed: int = 0) -> np.ndarray:
     """A soft ball with structures of several sizes inside, about 0 to 100."""
-    shape = (30, 28, 26)[:ndim] if ndim == 3 else (60, 56)
+    shape = (24, 22, 20) if ndim == 3 else (60, 56)
     rng = np.random.default_rng(seed)
     grid = np.indices(shape)
     waves = sum(np.sin((grid * rng.uniform(0.15, 0.6, (ndim, *[1] * ndim))).sum(0) + rng.uniform(0, 6)) for _ in range(4))

@@ -115,7 +115,7 @@ def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float, monkeypat
     moving = warp_voxels(fixed, smooth_field(Grid.regular(SHAPE[:ndim]), 1.5, 4).data[None])
     moving = moving + noise * torch.rand(moving.shape, generator=torch.Generator().manual_seed(1))
     pair, settings = Batch(fixed, moving), Refine(levels=2, iterations=20)
-    supple, stiff = (settings.model_copy(update={"diffusion": d, "smoothings": s}) for d, s in (STIFFNESS["lncc"], STIFF))
+    supple, stiff = (settings.model_copy(update=own._asdict()) for own in (STIFFNESS["lncc"], STIFF))
     plain, _, expected = (refine(pair, None, chosen, Similarity()).displacement for chosen in (settings, stiff, supple))
     torch.testing.assert_close(plain, expected, rtol=0, atol=0)  # too small an image to be asked
     monkeypatch.setattr(refining, "ROOM", 30)

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,19 @@ from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
-# factor of diffusion and number of smoothings, by similarity: a supple field fits what is no motion
-STIFFNESS = {"mi": (1.0, 20), "ngf": (0.1, 20), "lncc": (1.5, 2)}
-SUPPLE = (0.5, 2)  # of the others
-STIFF = (0.3, 20)  # of lncc, where so stiff a field explains the images
+
+
+class Stiffness(NamedTuple):
+    """What `[refine]` leaves out. A supple field fits what is no motion; the more a step is smoothed, the less of it is left."""
+
+    diffusion: float
+    smoothings: int
+    step_voxels: float = 0.25
+
+
+STIFFNESS = {"mi": Stiffness(1.0, 20), "ngf": Stiffness(0.1, 40, 0.5), "lncc": Stiffness(1.5, 2)}  # by similarity
+SUPPLE = Stiffness(0.5, 2)  # of the others
+STIFF = Stiffness(0.3, 20)  # of lncc, where so stiff a field explains the images
 EXPLAINED = 0.85  # lncc from which it does, at the level before the finest
 ROOM = 64  # voxels along an axis in the mean, from which that is asked: in smaller images so stiff a field is stiffer than organs
 FINEST = {("mi", 3): "ngf"}  # (similarity, dimensions): what takes over at the finest level, where few voxels fill a histogram but edges are exact
@@ -87,12 +97,12 @@ def refine(
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
         lowered = functools.partial(_lowered, here, begin, measure=likeness, spacing=steps, iterations=iterations, told=told)
         if shape == asked:
-            stiff = parameters.model_copy(update={"diffusion": STIFF[0], "smoothings": STIFF[1]})
+            stiff = stiffened(parameters, STIFF)
             displacement = lowered(stiff)
             if float(_similarity(here, displacement, likeness, SIMILARITIES)) >= EXPLAINED:
                 parameters = stiff
                 continue
-        displacement = lowered(stiffness(parameters, likeness))
+        displacement = lowered(stiffened(parameters, STIFFNESS.get(likeness.name, SUPPLE)))
     found = _at_scale(displacement, size, pair.fixed)
     return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
 
@@ -104,7 +114,7 @@ def _lowered(
     smoothings = parameters.smoothings or 0
     relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
     raw = start.detach().clone().requires_grad_()  # the start stays as it is
-    optimiser = Adam(raw, parameters.step_voxels)
+    optimiser = Adam(raw, parameters.step_voxels or SUPPLE.step_voxels)
     patience = max(3, iterations // 10)
     losses: list[float] = []
     for step in range(iterations):
@@ -135,11 +145,9 @@ class Adam:
         self.moved.addcdiv_(self.first, width, value=-self.rate / (1 - self.betas[0] ** self.steps))
 
 
-def stiffness(parameters: Refine, measure: Measure) -> Refine:
-    """With `diffusion` and `smoothings` as they suit the similarity where they are left out."""
-    factor, times = STIFFNESS.get(measure.name, SUPPLE)
-    own = {"diffusion": factor, "smoothings": times}
-    chosen = {name: value for name, value in own.items() if getattr(parameters, name) is None}
+def stiffened(parameters: Refine, own: Stiffness) -> Refine:
+    """With what is left out as `own` has it."""
+    chosen = {name: value for name, value in own._asdict().items() if getattr(parameters, name) is None}
     return parameters.model_copy(update=chosen)
 
 

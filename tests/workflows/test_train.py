@@ -199,6 +199,7 @@ def test_a_signal_writes_a_checkpoint_and_ends(name: str, code: int, data: Path,
     load_model(run / "model.safetensors", 2)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(data: Path, tmp_path: Path) -> None:
     """And both hold the same weights at the end."""
     script, two = tmp_path / "ranks.py", tmp_path / "two"
