@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,17 +37,6 @@ class Batch:
             return None if value is None else value.to(device)
 
         return Batch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
-
-    def cut(self, block: Sequence[slice]) -> Batch:
-        """The same pairs on a block of the grid's voxels, one slice an axis of the array; points count from its first voxel."""
-        at = (slice(None), slice(None), *block)
-
-        def part(value: torch.Tensor | Points | None) -> torch.Tensor | Points | None:
-            if isinstance(value, tuple):
-                return tuple(None if p is None else p - p.new_tensor([s.start for s in reversed(block)]) for p in value)
-            return None if value is None else value[at].contiguous()
-
-        return Batch(**{f.name: part(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
     def swapped(self) -> Batch:
         """The same pairs registered the other way; a known displacement is not, so it is left out."""

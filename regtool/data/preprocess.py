@@ -57,11 +57,15 @@ def content(image: Image) -> tuple[tuple[float, float], ...]:
     return tuple(out)
 
 
+def share_of(parts: Sequence[tuple[float, float]]) -> float:
+    """How much of the image a block is; of next to nothing as much as is refined at least."""
+    return max(math.prod(high - low for low, high in parts), LEAST_SHARE)
+
+
 def shown(image: Image, voxels: int) -> tuple[Grid, list[slice]]:
     """A grid over the whole image, and the block of it that holds `content`, about `voxels` of them: as slices of the array's axes."""
     parts = content(image)
-    share = max(math.prod(high - low for low, high in parts), LEAST_SHARE)
-    grid = network_grid(image.grid, GridParameters(), int(voxels / share))
+    grid = network_grid(image.grid, GridParameters(), int(voxels / share_of(parts)))
     return grid, [slice(int(low * n), math.ceil(high * n)) for (low, high), n in zip(parts, grid.shape, strict=True)]
 
 

@@ -138,6 +138,11 @@ class Grid:
         first = np.array([(n / m - 1) / 2 for n, m in zip(self.size, size, strict=True)])  # centre of the first new voxel
         return replace(self, size=tuple(int(n) for n in size), spacing=spacing, origin=tuple(self.to_physical(first).tolist()))
 
+    def cut(self, block: Sequence[slice]) -> Grid:
+        """A block of its voxels, one slice for each axis of the array (the other way round than `size`)."""
+        first = np.array([part.start for part in reversed(block)], dtype=np.float64)
+        return replace(self, size=tuple(part.stop - part.start for part in reversed(block)), origin=tuple(self.to_physical(first).tolist()))
+
     def padded(self, multiple: int) -> Grid:
         """Grown at the far ends until every size is a multiple of `multiple`."""
         return replace(self, size=tuple(-(-n // multiple) * multiple for n in self.size))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import continued, network_grid, one_channel, prepared, seen, shown, to_network
+from regtool.data.preprocess import content, continued, network_grid, one_channel, prepared, seen, share_of, shown, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -29,7 +29,7 @@ from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Measure, Parameters, Refine
 from regtool.workflows.oneshot import Learned, Progress, learn
 from regtool.workflows.planner import Plan, make_plan
-from regtool.workflows.runtime import Clock, memory_limit_bytes
+from regtool.workflows.runtime import Clock, give_back, memory_limit_bytes
 from regtool.workflows.warp import invert_points
 
 log = logging.getLogger("regtool")
@@ -117,7 +117,8 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     target, source, weights = seen(fixed, moving, parameters.preprocess, parameters.measure.channel_weights)
     check_pair(target, source)
     limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
-    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data))
+    shows = share_of(content(target)) if parameters.measure.name in ("auto", "lncc") and not parameters.refine.symmetric else 1.0
+    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), shows)
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):
         course = Course(target, source, setup, plan.measuring_grid, before, guides, weights)
@@ -210,6 +211,7 @@ class Course:
     def forget(self, but: Grid | None = None) -> None:
         """Lets go of the images prepared for other grids than `but`: memory that what comes next may need."""
         self._ready = {key: image for key, image in self._ready.items() if but is not None and key[1] == but.size}
+        give_back()
 
     def pair(self, transform: Transform, grid: Grid, grey: bool = False) -> Batch:
         """Both images and what is known of them on `grid`, the moving ones through `transform`; labels and landmarks where they are learned from.
@@ -324,18 +326,18 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
     Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on as at their
     border; histograms and mean edges would not be the same without them.
     """
-    started, parameters = time.perf_counter(), course.setup.parameters
+    started, parameters, block = time.perf_counter(), course.setup.parameters, [slice(0, n) for n in grid.shape]
     if parameters.refine.symmetric:
-        aligned, start = course.transform, None  # the velocity is that of what is still to be moved
-    block = [slice(0, n) for n in grid.shape]
-    if course.measure.name == "lncc" and not parameters.refine.symmetric:  # there both images count alike
+        aligned, start = course.transform, None  # the velocity is that of what is still to be moved, and both images count alike
+    elif course.measure.name == "lncc":
         grid, block = shown(course.fixed, grid.voxels)
-    u = None if start is None else displacement_on(Transform((start,)), grid).to_voxels()[None].to(course.setup.device)
-    inside = None if u is None else u[(slice(None), slice(None), *block)]
-    refined = refine(course.pair(aligned, grid).cut(block), inside, parameters.refine, course.measure, grid.spacing, course.setup.progress)
+    inside = grid.cut(block)
+    u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(course.setup.device)
+    give_back()
+    refined = refine(course.pair(aligned, inside), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
     beyond = [n for part, length in zip(reversed(block), grid.size, strict=True) for n in (part.start, length - part.stop)]
-    found = F.pad(refined.displacement, beyond, mode="replicate")
-    _offered(course, "refine", DisplacementField.from_voxels(found.cpu(), grid), aligned, started)
+    found = DisplacementField.from_voxels(F.pad(refined.displacement, beyond, mode="replicate").cpu(), grid)
+    _offered(course, "refine", found, aligned, started)
     return refined.losses
 
 

@@ -16,6 +16,7 @@ from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
+from regtool.optimise.refine import FINEST
 from regtool.parameters import MODEL_SECTIONS, NO_MODEL, Parameters
 from regtool.parameters import Grid as GridParameters
 
@@ -28,8 +29,8 @@ ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
-FIELD = 8  # volumes a component of the field, while it is refined: itself, its gradients, Adam's moments, the smoothed one, the points it leads to
-MEASURES = {"lncc": 7, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, measured
+FIELD = 10  # volumes a component of the field, while it is refined: itself, gradients, Adam's moments, the smoothed one, the points it leads to
+MEASURES = {"lncc": 18, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, as RAISED
 
 
 def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: bool) -> int:
@@ -129,11 +130,19 @@ class Plan:
 
 
 def make_plan(
-    fixed: Grid, moving: Grid, parameters: Parameters, training: bool, limit_bytes: int, channels: tuple[int, int] = (1, 1), compared: int = 1
+    fixed: Grid,
+    moving: Grid,
+    parameters: Parameters,
+    training: bool,
+    limit_bytes: int,
+    channels: tuple[int, int] = (1, 1),
+    compared: int = 1,
+    shows: float = 1.0,
 ) -> Plan:
     """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
-    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at.
+    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; shows: how much of the fixed image does, which
+    alone is refined, as a part of a grid the finer for it.
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
     limit = int(SHARE * limit_bytes)
@@ -150,7 +159,8 @@ def make_plan(
         return activation_bytes(parameters, grid.shape, training) + LEARNING * training
 
     def refined(grid: Grid) -> int:
-        return _refining(grid, parameters, compared)
+        finer = 0 if shows == 1 else held(network_grid(fixed, GridParameters(), int(grid.voxels / shows))) - images
+        return finer + _refining(grid, parameters, compared)
 
     stages = [stage for stage, asked in ((refined, parameters.refine.iterations > 0), (learning, parameters.method)) if asked]
     least = network_grid(fixed, GridParameters(max_voxels=64))
@@ -198,8 +208,9 @@ def _too_little(limit: int, need: int) -> OutOfMemory:
 
 
 def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
-    name = "lncc" if parameters.measure.name == "auto" else parameters.measure.name  # mi, the other that it may become, needs about as much
-    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + MEASURES[name] * channels)
+    asked = ("lncc", "mi") if parameters.measure.name == "auto" else (parameters.measure.name,)  # what it may become
+    most = max(MEASURES[parameters.refine.finest or FINEST.get((name, grid.ndim), name)] for name in asked)
+    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + most * channels)
 
 
 def _warping(ndim: int, parameters: Parameters, channels: int) -> int:

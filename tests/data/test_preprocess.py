@@ -1,4 +1,4 @@
-"""What an image has to show, and a batch cut down to it."""
+"""What an image has to show, and the block of a grid that holds it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from regtool.data.batch import Batch
 from regtool.data.preprocess import RIM, content, shown
 from regtool.geometry.image import Image
+from regtool.geometry.sampling import resample
 from tests.conftest import random_grid
 
 
@@ -38,19 +38,10 @@ def test_what_is_shown_has_the_voxels_that_were_planned(ndim: int, orientation: 
     assert shown(Image(data, grid), 4000)[0].voxels == pytest.approx(8000, rel=0.1)
 
 
-def test_a_batch_is_cut_with_its_points(ndim: int) -> None:
-    shape = (9, 8, 7)[:ndim]
-    image = torch.arange(math.prod(shape), dtype=torch.float32).reshape(1, 1, *shape)
-    block = [slice(2, 6), slice(1, 5), slice(3, 7)][:ndim]
-    at = [4, 2, 5][:ndim]
-    point = torch.tensor([at[::-1]], dtype=torch.float32)
-    cut = Batch(image, image + 1, image > 3, None, image.long(), image.long(), (point,), (None,)).cut(block)
-    assert cut.fixed.shape[2:] == (4, 4, 4)[:ndim]
-    assert cut.moving_mask is None
-    assert cut.moving_points == (None,)
-    there = cut.fixed_points[0]
-    assert there is not None
-    inside = tuple(int(x) for x in reversed(there[0].tolist()))
-    assert cut.fixed[(0, 0, *inside)] == image[(0, 0, *at)]
-    assert cut.fixed_labels is not None
-    assert torch.equal(cut.fixed_labels[0, 0].float(), cut.moving[0, 0] - 1)
+def test_a_block_of_a_grid_is_where_its_voxels_were(ndim: int, orientation: str) -> None:
+    grid = random_grid(ndim, orientation, 3, 20, 30)
+    image = Image(torch.arange(math.prod(grid.shape), dtype=torch.float32).reshape(1, *grid.shape), grid)
+    block = [slice(2, 6), slice(1, 8), slice(3, 7)][:ndim]
+    inside = grid.cut(block)
+    assert inside.shape == (4, 7, 4)[:ndim]
+    torch.testing.assert_close(resample(image, inside).data, image.data[(slice(None), *block)], rtol=1e-5, atol=0.05)

@@ -27,23 +27,31 @@ LUNG = Grid.regular((115, 157, 129))
 @pytest.mark.parametrize(
     ("fixed", "name", "voxels", "measured_mb"),
     [
-        (Grid.regular((256, 256)), "mi", 900_000, 425),
-        (Grid.regular((41, 49, 34)), "lncc", 900_000, 438),
-        (BRAIN, "lncc", 900_000, 876),
-        (BRAIN, "lncc", 7_000_000, 1360),
-        (BRAIN, "mi", 7_000_000, 1232),
-        (BRAIN, "mind", 7_000_000, 1599),
-        (BRAIN, "ngf", 7_000_000, 1839),
-        (BRAIN, "lg", 7_000_000, 1804),
-        (BRAIN, "ncc", 7_000_000, 1281),
-        (BRAIN, "mse", 7_000_000, 1360),
-        (LUNG, "lncc", 900_000, 680),
+        (Grid.regular((256, 256)), "auto", 1_300_000, 448),
+        (Grid.regular((41, 49, 34)), "auto", 1_300_000, 461),
+        (LUNG, "auto", 1_300_000, 930),
+        (Grid.regular((182, 218, 182)), "auto", 1_300_000, 1117),
+        (BRAIN, "lncc", 900_000, 915),
+        (BRAIN, "lncc", 7_000_000, 1604),
+        (BRAIN, "mi", 7_000_000, 1534),
+        (BRAIN, "mind", 7_000_000, 1926),
+        (BRAIN, "ngf", 7_000_000, 2292),
+        (BRAIN, "lg", 7_000_000, 2368),
+        (BRAIN, "ncc", 7_000_000, 1764),
+        (BRAIN, "mse", 7_000_000, 1656),
         (CT, "lncc", 900_000, 4140),
     ],
 )
 def test_the_plan_is_within_a_quarter_of_what_whole_commands_took(fixed: Grid, name: str, voxels: int, measured_mb: float) -> None:
-    parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": voxels}})
+    parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": voxels, "finest": None if name == "auto" else name}})
     assert make_plan(fixed, fixed, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
+
+
+def test_a_finer_grid_for_what_shows_something_is_counted() -> None:
+    """Two brains, which fill 0.74 of their images."""
+    whole, finer = (make_plan(BRAIN, BRAIN, Parameters(), False, PLENTY, shows=shows).peak_bytes / 2**20 for shows in (1.0, 0.74))
+    assert finer > whole
+    assert finer == pytest.approx(1116, rel=0.25)
 
 
 @pytest.mark.parametrize(("method", "measured_mb"), [("voxelmorph", 2652), ("dirnet", 1638), ("unet", 1118), ("cycle", 1716), ("deformgan", 2977)])
