@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from regtool.data.synthesis import synthetic
-from regtool.engines import citation_of
+from regtool.engines import citation_of, read_parameters
 from regtool.engines._model import load_model
 from regtool.io.models import BUNDLED, read_card, read_tensors, write_hashes, write_model
 from regtool.parameters import Parameters
@@ -68,11 +68,16 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
         f"learned from made-up shapes of {size} voxels that move by up to about {reach} % of the image, aligned to some degrees; sees at most "
         f"{MAX_VOXELS[ndim]} voxels of an image: larger motion is for the alignment, finer detail for refining"
     )
-    command = f"regtool train --synthetic -p parameter_files/{card['method']}_synthetic_{ndim}d.toml"
+    recipe = Path(__file__).parents[1] / "parameter_files" / f"{card['method']}_synthetic_{ndim}d.toml"
+    command = f"regtool train --synthetic -p parameter_files/{recipe.name}"
     if "parent" in card["training"]:  # it went on from other weights
         train = parameters.train
         command += f" --set run.model={card['training']['parent']['name']} --set run.seed={parameters.run.seed}"
         command += f" --set train.learning_rate={train.learning_rate:g} --steps {train.steps}"
+        wanted = read_parameters(recipe)
+        for section, key in (("synthesis", "amplitude"), ("synthesis", "inverted"), ("regularity", "diffusion")):
+            value = getattr(getattr(parameters, section), key)
+            command += f" --set {section}.{key}={value:g}" if value != getattr(getattr(wanted, section), key) else ""
     training = {"command": command, **card["training"]}
     more = {"scores": scores} if scores else {}
     return {
