@@ -29,7 +29,7 @@ from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Measure, Parameters, Refine
 from regtool.workflows.oneshot import Learned, Progress, learn
 from regtool.workflows.planner import Plan, make_plan
-from regtool.workflows.runtime import Clock, give_back, memory_limit_bytes
+from regtool.workflows.runtime import Clock, memory_limit_bytes
 from regtool.workflows.warp import invert_points
 
 log = logging.getLogger("regtool")
@@ -211,7 +211,6 @@ class Course:
     def forget(self, but: Grid | None = None) -> None:
         """Lets go of the images prepared for other grids than `but`: memory that what comes next may need."""
         self._ready = {key: image for key, image in self._ready.items() if but is not None and key[1] == but.size}
-        give_back()
 
     def pair(self, transform: Transform, grid: Grid, grey: bool = False) -> Batch:
         """Both images and what is known of them on `grid`, the moving ones through `transform`; labels and landmarks where they are learned from.
@@ -333,7 +332,6 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
         grid, block = shown(course.fixed, grid.voxels)
     inside = grid.cut(block)
     u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(course.setup.device)
-    give_back()
     refined = refine(course.pair(aligned, inside), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
     beyond = [n for part, length in zip(reversed(block), grid.size, strict=True) for n in (part.start, length - part.stop)]
     found = DisplacementField.from_voxels(F.pad(refined.displacement, beyond, mode="replicate").cpu(), grid)

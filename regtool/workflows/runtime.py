@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import platform
@@ -65,12 +64,6 @@ def memory_limit_bytes(max_memory_gb: float | None) -> int:
         return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):  # Windows
         return 8 * 2**30
-
-
-def give_back() -> None:
-    """What was freed goes back to the system: the C library of Linux keeps it, 200 MB after the alignment of two brains, in pieces."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_mb() -> float:
