@@ -64,8 +64,8 @@ def difference(a: sitk.Image, b: sitk.Image, spread: float) -> float:
     return float(np.abs(sitk.GetArrayFromImage(a) - sitk.GetArrayFromImage(b)).max()) / spread
 
 
-def test_sitk_alone_reproduces_warped(tmp_path: Path, ndim: int, orientation: str) -> None:
-    suffix = {"aligned": ".nii.gz", "flipped": ".mha", "permuted": ".mha", "oblique": ".nii.gz"}[orientation]
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
+def test_sitk_alone_reproduces_warped(tmp_path: Path, ndim: int, orientation: str, suffix: str) -> None:
     fixed, moving = saved(tmp_path, ndim, orientation, suffix)
     by_refining = ("run.model=none", "refine.iterations=8", "refine.diffusion=10", "run.threads=1", "run.qc=false", "run.inverse=true")
     result = register(Request(fixed, moving, tmp_path / "out", overrides=(*by_refining, f'run.format="{suffix[1:]}"')))

@@ -17,6 +17,7 @@ from regtool.geometry.sampling import resample, resize_voxels, warp
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
+Parts = tuple[tuple[float, float], ...]  # a block, as parts of the array's axes from 0 to 1
 QUANTILE_SAMPLES = 1_000_000
 LEAST_SHARE = 0.5  # of an image that makes the grid of what it shows finer: all of it has to be carried along
 RIM = 0.02  # of each axis, around what there is to see
@@ -43,7 +44,7 @@ def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None
     return fixed if tuple(size.tolist()) == fixed.size else fixed.resized(tuple(size.tolist()))
 
 
-def content(image: Image) -> tuple[tuple[float, float], ...]:
+def content(image: Image) -> Parts:
     """The block that holds what there is to see, as parts of the array's axes from 0 to 1: beyond it all is as in the first voxel, within 1 % of
     the range of intensities; and a rim of 2 % of each axis.
     """
@@ -57,15 +58,10 @@ def content(image: Image) -> tuple[tuple[float, float], ...]:
     return tuple(out)
 
 
-def share_of(parts: Sequence[tuple[float, float]]) -> float:
-    """How much of the image a block is; of next to nothing as much as is refined at least."""
-    return max(math.prod(high - low for low, high in parts), LEAST_SHARE)
-
-
-def shown(image: Image, voxels: int) -> tuple[Grid, list[slice]]:
-    """A grid over the whole image, and the block of it that holds `content`, about `voxels` of them: as slices of the array's axes."""
-    parts = content(image)
-    grid = network_grid(image.grid, GridParameters(), int(voxels / share_of(parts)))
+def shown(fixed: Grid, parts: Parts, voxels: int) -> tuple[Grid, list[slice]]:
+    """A grid over the whole of `fixed`, and the block of it that holds its `content`, about `voxels` of them: as slices of the array's axes."""
+    share = max(math.prod(high - low for low, high in parts), LEAST_SHARE)
+    grid = network_grid(fixed, GridParameters(), int(voxels / share))
     return grid, [slice(int(low * n), math.ceil(high * n)) for (low, high), n in zip(parts, grid.shape, strict=True)]
 
 

@@ -83,6 +83,7 @@ def refine(
     finest = measure.model_copy(update={"name": parameters.finest or FINEST.get((measure.name, len(size)), measure.name)})
     free = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
     asked = levels[-2] if free and measure.name == finest.name == "lncc" and len(levels) > 1 and math.prod(size) >= ROOM ** len(size) else None
+    settled: Stiffness | None = None
     displacement, losses, total = start, [], iterations * (len(levels) + (asked is not None))
 
     def told(loss: float) -> None:
@@ -95,30 +96,37 @@ def refine(
         likeness = finest if shape == size else measure
         begin = _at_scale(displacement, shape, pair.fixed)
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
-        lowered = functools.partial(_lowered, here, begin, measure=likeness, spacing=steps, iterations=iterations, told=told)
+        lowered = functools.partial(_lowered, here, begin, parameters, measure=likeness, spacing=steps, iterations=iterations, told=told)
         if shape == asked:
-            stiff = stiffened(parameters, STIFF)
+            stiff = stiffness(parameters, STIFF)
             displacement = lowered(stiff)
             if float(_similarity(here, displacement, likeness, SIMILARITIES)) >= EXPLAINED:
-                parameters = stiff
+                settled = stiff
                 continue
-        displacement = lowered(stiffened(parameters, STIFFNESS.get(likeness.name, SUPPLE)))
+        displacement = lowered(settled or stiffness(parameters, STIFFNESS.get(likeness.name, SUPPLE)))
     found = _at_scale(displacement, size, pair.fixed)
     return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
 
 
 def _lowered(
-    pair: Batch, start: torch.Tensor, parameters: Refine, measure: Measure, spacing: Sequence[float], iterations: int, told: Callable[[float], None]
+    pair: Batch,
+    start: torch.Tensor,
+    parameters: Refine,
+    own: Stiffness,
+    measure: Measure,
+    spacing: Sequence[float],
+    iterations: int,
+    told: Callable[[float], None],
 ) -> torch.Tensor:
     """The field of one level after `iterations` steps of Adam or until the loss is flat; `start` where it did not fall. told: of each loss."""
-    smoothings = parameters.smoothings or 0
     relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
     raw = start.detach().clone().requires_grad_()  # the start stays as it is
-    optimiser = Adam(raw, parameters.step_voxels or SUPPLE.step_voxels)
+    optimiser = Adam(raw, own.step_voxels)
     patience = max(3, iterations // 10)
     losses: list[float] = []
     for step in range(iterations):
-        loss = _both_ways(pair, _smoothed(raw, smoothings), parameters, measure, relative)
+        u = _smoothed(raw, own.smoothings)
+        loss = own.diffusion * diffusion(u, relative) + _both_ways(pair, u, parameters, measure)
         (gradient,) = torch.autograd.grad(loss, raw)
         optimiser.step(gradient)
         losses.append(float(loss.detach()))
@@ -126,7 +134,7 @@ def _lowered(
         if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
             break
     fell = bool(losses) and losses[0] - losses[-1] > FLAT  # Adam takes whole steps even where nothing is left to gain
-    return _smoothed(raw.detach(), smoothings) if fell else start
+    return _smoothed(raw.detach(), own.smoothings) if fell else start
 
 
 class Adam:
@@ -145,19 +153,18 @@ class Adam:
         self.moved.addcdiv_(self.first, width, value=-self.rate / (1 - self.betas[0] ** self.steps))
 
 
-def stiffened(parameters: Refine, own: Stiffness) -> Refine:
-    """With what is left out as `own` has it."""
-    chosen = {name: value for name, value in own._asdict().items() if getattr(parameters, name) is None}
-    return parameters.model_copy(update=chosen)
+def stiffness(parameters: Refine, own: Stiffness) -> Stiffness:
+    """What `parameters` say, and what they leave out as `own` has it."""
+    asked = {name: getattr(parameters, name) for name in Stiffness._fields}
+    return own._replace(**{name: value for name, value in asked.items() if value is not None})
 
 
-def _both_ways(pair: Batch, field: torch.Tensor, parameters: Refine, measure: Measure, spacing: Sequence[float]) -> torch.Tensor:
-    """What is lowered: of the displacement `field` there, or, symmetric, of the velocity `field` there and back."""
-    rough = (parameters.diffusion or 0.0) * diffusion(field, spacing)
+def _both_ways(pair: Batch, field: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
+    """What is lowered beside roughness: of the displacement `field` there, or, symmetric, of the velocity `field` there and back."""
     if not parameters.symmetric:
-        return rough + _objective(pair, field, parameters, measure)
+        return _objective(pair, field, parameters, measure)
     there, back = exponential(torch.cat([field, -field]), SQUARINGS).chunk(2)
-    return rough + (_objective(pair, there, parameters, measure) + _objective(pair.swapped(), back, parameters, measure)) / 2
+    return (_objective(pair, there, parameters, measure) + _objective(pair.swapped(), back, parameters, measure)) / 2
 
 
 def _similarity(pair: Batch, u: torch.Tensor, measure: Measure, among: Similarities) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import content, continued, network_grid, one_channel, prepared, seen, share_of, shown, to_network
+from regtool.data.preprocess import Parts, content, continued, network_grid, one_channel, prepared, seen, shown, to_network
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -117,8 +117,9 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     target, source, weights = seen(fixed, moving, parameters.preprocess, parameters.measure.channel_weights)
     check_pair(target, source)
     limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
-    shows = share_of(content(target)) if parameters.measure.name in ("auto", "lncc") and not parameters.refine.symmetric else 1.0
-    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), shows)
+    cuts = parameters.refine.iterations > 0 and parameters.measure.name in ("auto", "lncc") and not parameters.refine.symmetric
+    parts = content(target) if cuts else ()
+    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), parts)
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):
         course = Course(target, source, setup, plan.measuring_grid, before, guides, weights)
@@ -136,7 +137,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     losses = () if learned is None else learned.losses
     if plan.refine_grid is not None and deforms:
         with clock("refine"):
-            losses += _refine(course, plan.refine_grid, aligned, field)
+            losses += _refine(course, plan.refine_grid, aligned, field, parts)
     course.forget()
     with clock("warp"):
         displacement = displacement_on(course.transform, fixed.grid)
@@ -319,7 +320,7 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
     return field, learned
 
 
-def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None) -> tuple[float, ...]:
+def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None, parts: Parts) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses.
 
     Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on as at their
@@ -329,7 +330,7 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
     if parameters.refine.symmetric:
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved, and both images count alike
     elif course.measure.name == "lncc":
-        grid, block = shown(course.fixed, grid.voxels)
+        grid, block = shown(course.fixed.grid, parts, grid.voxels)
     inside = grid.cut(block)
     u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(course.setup.device)
     refined = refine(course.pair(aligned, inside), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)

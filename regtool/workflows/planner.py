@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from regtool.data.preprocess import network_grid, prepared_voxels
+from regtool.data.preprocess import Parts, network_grid, prepared_voxels, shown
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import OutOfMemory
@@ -137,12 +137,12 @@ def make_plan(
     limit_bytes: int,
     channels: tuple[int, int] = (1, 1),
     compared: int = 1,
-    shows: float = 1.0,
+    parts: Parts = (),
 ) -> Plan:
     """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
-    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; shows: how much of the fixed image does, which
-    alone is refined, as a part of a grid the finer for it.
+    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; parts: `content` of the fixed image, where
+    that alone may be refined, as a block of a grid the finer for it.
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
     limit = int(SHARE * limit_bytes)
@@ -159,7 +159,8 @@ def make_plan(
         return activation_bytes(parameters, grid.shape, training) + LEARNING * training
 
     def refined(grid: Grid) -> int:
-        finer = 0 if shows == 1 else held(network_grid(fixed, GridParameters(), int(grid.voxels / shows))) - images
+        whole = shown(fixed, parts, grid.voxels)[0] if parts else grid
+        finer = held(*{grid, whole}) - held(grid)
         return finer + _refining(grid, parameters, compared)
 
     stages = [stage for stage, asked in ((refined, parameters.refine.iterations > 0), (learning, parameters.method)) if asked]

@@ -30,12 +30,12 @@ def test_what_is_shown_has_the_voxels_that_were_planned(ndim: int, orientation: 
     data = torch.zeros(1, *grid.shape)
     data[(0, *[slice(5, -5)] * ndim)] = 1.0
     for image, share in ((Image(data, grid), math.prod(1 - 10 / n + 2 * RIM for n in grid.shape)), (Image(data + torch.rand(data.shape), grid), 1.0)):
-        found, block = shown(image, 4000)
+        found, block = shown(grid, content(image), 4000)
         assert math.prod(s.stop - s.start for s in block) == pytest.approx(4000, rel=0.25)
         assert found.voxels == pytest.approx(4000 / share, rel=0.1)
         assert found.extent == pytest.approx(grid.extent)
     data[0, 15:] = 0.0
-    assert shown(Image(data, grid), 4000)[0].voxels == pytest.approx(8000, rel=0.1)
+    assert shown(grid, content(Image(data, grid)), 4000)[0].voxels == pytest.approx(8000, rel=0.1)
 
 
 def test_a_block_of_a_grid_is_where_its_voxels_were(ndim: int, orientation: str) -> None:

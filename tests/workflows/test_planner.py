@@ -49,7 +49,9 @@ def test_the_plan_is_within_a_quarter_of_what_whole_commands_took(fixed: Grid, n
 
 def test_a_finer_grid_for_what_shows_something_is_counted() -> None:
     """Two brains, which fill 0.74 of their images."""
-    whole, finer = (make_plan(BRAIN, BRAIN, Parameters(), False, PLENTY, shows=shows).peak_bytes / 2**20 for shows in (1.0, 0.74))
+    whole, finer = (
+        make_plan(BRAIN, BRAIN, Parameters(), False, PLENTY, parts=parts).peak_bytes / 2**20 for parts in ((), ((0.1, 0.84), (0.0, 1.0), (0.0, 1.0)))
+    )
     assert finer > whole
     assert finer == pytest.approx(1116, rel=0.25)
 
