@@ -127,6 +127,16 @@ def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float, monkeypat
     assert not torch.equal(found.displacement, asked_for)
 
 
+def test_what_is_trusted_of_a_start_is_no_roughness(ndim: int) -> None:
+    """Roughness alone counts: what is left is the trusted part of the start and a shift, so three quarters of it in images, nothing in volumes."""
+    fixed, start = textured(ndim), smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
+    heavy = Refine(levels=1, iterations=400, diffusion=1e4, smoothings=1)
+    found = refine(Batch(fixed, fixed), start, heavy, Similarity(name="lncc")).displacement
+    expected = {2: 0.75, 3: 0.0}[ndim] * start
+    bent = (found - expected)[(..., *[slice(3, -3)] * ndim)]
+    assert float(bent.std(dim=tuple(range(2, ndim + 2))).max()) < 0.1 * float(start.std())
+
+
 def test_levels_halve_and_stop(ndim: int) -> None:
     assert _levels((96, 80, 64)[:ndim], 3)[0] == (24, 20, 16)[:ndim]
     assert _levels((96, 80, 64)[:ndim], 3)[-1] == (96, 80, 64)[:ndim]

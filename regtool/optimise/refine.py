@@ -39,12 +39,13 @@ class Stiffness(NamedTuple):
     step_voxels: float = 0.25
 
 
-STIFFNESS = {"mi": Stiffness(1.0, 20), "ngf": Stiffness(0.1, 40, 0.5), "lncc": Stiffness(1.5, 2)}  # by similarity
+STIFFNESS = {"mi": Stiffness(1.0, 40), "ngf": Stiffness(0.1, 40, 0.5), "lncc": Stiffness(1.5, 2)}  # by similarity
 SUPPLE = Stiffness(0.5, 2)  # of the others
 STIFF = Stiffness(0.3, 20)  # of lncc, where so stiff a field explains the images
 EXPLAINED = 0.85  # lncc from which it does, at the level before the finest
 ROOM = 64  # voxels along an axis in the mean, from which that is asked: in smaller images so stiff a field is stiffer than organs
 FINEST = {("mi", 3): "ngf"}  # (similarity, dimensions): what takes over at the finest level, where few voxels fill a histogram but edges are exact
+TRUSTED = {("lncc", 2): 0.75}  # (similarity, dimensions): the part of a start that counts as no roughness, so that large motion it has found may stay
 SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 Progress = Callable[[str, int, int, float], None]
 
@@ -65,9 +66,9 @@ def refine(
     spacing: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Refined:
-    """Lowers `-similarity + diffusion * roughness` of the displacement, and the terms of labels and landmarks that `parameters` ask for; the
-    similarity is what RAISED has for that of `measure`, at the finest level for `parameters.finest` or what FINEST says. Where nothing is said of
-    stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED get such a field, others one as STIFFNESS says.
+    """Lowers `-similarity + diffusion * roughness` of the displacement less what is TRUSTED of the start, and the terms of labels and landmarks that
+    `parameters` ask for; the similarity is what RAISED has for that of `measure`, at the finest level for `parameters.finest` or what FINEST says.
+    Where nothing is said of stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED get such a field, others one as STIFFNESS says.
 
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
     a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that
@@ -84,6 +85,7 @@ def refine(
     free = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
     asked = levels[-2] if free and measure.name == finest.name == "lncc" and len(levels) > 1 and math.prod(size) >= ROOM ** len(size) else None
     settled: Stiffness | None = None
+    trusted = TRUSTED.get((measure.name, len(size)), 0.0) if start is not None else 0.0
     displacement, losses, total = start, [], iterations * (len(levels) + (asked is not None))
 
     def told(loss: float) -> None:
@@ -95,8 +97,9 @@ def refine(
         here = _at(pair, shape)
         likeness = finest if shape == size else measure
         begin = _at_scale(displacement, shape, pair.fixed)
+        expected = trusted * _at_scale(start, shape, pair.fixed) if trusted else None
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
-        lowered = functools.partial(_lowered, here, begin, parameters, measure=likeness, spacing=steps, iterations=iterations, told=told)
+        lowered = functools.partial(_lowered, here, begin, expected, parameters, measure=likeness, spacing=steps, iterations=iterations, told=told)
         if shape == asked:
             stiff = stiffness(parameters, STIFF)
             displacement = lowered(stiff)
@@ -111,6 +114,7 @@ def refine(
 def _lowered(
     pair: Batch,
     start: torch.Tensor,
+    expected: torch.Tensor | None,
     parameters: Refine,
     own: Stiffness,
     measure: Measure,
@@ -118,15 +122,21 @@ def _lowered(
     iterations: int,
     told: Callable[[float], None],
 ) -> torch.Tensor:
-    """The field of one level after `iterations` steps of Adam or until the loss is flat; `start` where it did not fall. told: of each loss."""
+    """The field of one level after `iterations` steps of Adam or until the loss is flat; `start` where it did not fall.
+
+    expected: the field that has no roughness, None for none at all. told: of each loss.
+    """
     relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
     raw = start.detach().clone().requires_grad_()  # the start stays as it is
     optimiser = Adam(raw, own.step_voxels)
+    if expected is not None:
+        expected = _smoothed(expected, own.smoothings)  # what a field of this stiffness can have of it
     patience = max(3, iterations // 10)
     losses: list[float] = []
     for step in range(iterations):
         u = _smoothed(raw, own.smoothings)
-        loss = own.diffusion * diffusion(u, relative) + _both_ways(pair, u, parameters, measure)
+        rough = diffusion(u if expected is None else u - expected, relative)
+        loss = own.diffusion * rough + _both_ways(pair, u, parameters, measure)
         (gradient,) = torch.autograd.grad(loss, raw)
         optimiser.step(gradient)
         losses.append(float(loss.detach()))
