@@ -123,6 +123,10 @@ def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float, monkeypat
     found = refine(pair, None, settings, Similarity())
     expected = refine(pair, None, stiff if noise == 0 else supple, Similarity()).displacement
     torch.testing.assert_close(found.displacement, expected, rtol=0, atol=0)
+    monkeypatch.setattr(refining, "EXPLAINED", 1.1)
+    monkeypatch.setattr(refining, "WORTH", {ndim: 0.9})
+    hardly_more = refine(pair, None, settings, Similarity()).displacement
+    torch.testing.assert_close(hardly_more, refine(pair, None, stiff, Similarity()).displacement, rtol=0, atol=0)
     asked_for = refine(pair, None, settings.model_copy(update={"diffusion": 1.0}), Similarity()).displacement
     assert not torch.equal(found.displacement, asked_for)
 

@@ -41,8 +41,9 @@ class Stiffness(NamedTuple):
 
 STIFFNESS = {"mi": Stiffness(1.0, 40), "ngf": Stiffness(0.1, 40, 0.5), "lncc": Stiffness(1.5, 2)}  # by similarity
 SUPPLE = Stiffness(0.5, 2)  # of the others
-STIFF = Stiffness(0.3, 20)  # of lncc, where so stiff a field explains the images
+STIFF = Stiffness(0.3, 20)  # of lncc, where so stiff a field explains the images, or as much of them as any would
 EXPLAINED = 0.85  # lncc from which it does, at the level before the finest
+WORTH = {2: 0.0, 3: 0.15}  # by dimension, the part of the rest that a supple field must explain: two brains 0.24 to 0.28, one on two days up to 0.11
 ROOM = 64  # voxels along an axis in the mean, from which that is asked: in smaller images so stiff a field is stiffer than organs
 FINEST = {("mi", 3): "ngf"}  # (similarity, dimensions): what takes over at the finest level, where few voxels fill a histogram but edges are exact
 TRUSTED = {("lncc", 2): 0.75}  # (similarity, dimensions): the part of a start that counts as no roughness, so that large motion it has found may stay
@@ -68,7 +69,8 @@ def refine(
 ) -> Refined:
     """Lowers `-similarity + diffusion * roughness` of the displacement less what is TRUSTED of the start, and the terms of labels and landmarks that
     `parameters` ask for; the similarity is what RAISED has for that of `measure`, at the finest level for `parameters.finest` or what FINEST says.
-    Where nothing is said of stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED get such a field, others one as STIFFNESS says.
+    Where nothing is said of stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED, or a supple one hardly further (WORTH), get such
+    a field, others one as STIFFNESS says.
 
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
     a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that
@@ -93,6 +95,9 @@ def refine(
         if progress is not None:
             progress("refining", len(losses), total, loss)
 
+    def lncc(images: Batch, u: torch.Tensor) -> float:
+        return float(_similarity(images, u, finest, SIMILARITIES))
+
     for shape in levels:
         here = _at(pair, shape)
         likeness = finest if shape == size else measure
@@ -100,13 +105,15 @@ def refine(
         expected = trusted * _at_scale(start, shape, pair.fixed) if trusted else None
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
         lowered = functools.partial(_lowered, here, begin, expected, parameters, measure=likeness, spacing=steps, iterations=iterations, told=told)
+        own = settled or stiffness(parameters, STIFFNESS.get(likeness.name, SUPPLE))
         if shape == asked:
-            stiff = stiffness(parameters, STIFF)
-            displacement = lowered(stiff)
-            if float(_similarity(here, displacement, likeness, SIMILARITIES)) >= EXPLAINED:
-                settled = stiff
-                continue
-        displacement = lowered(settled or stiffness(parameters, STIFFNESS.get(likeness.name, SUPPLE)))
+            settled = stiffness(parameters, STIFF)
+            displacement = lowered(settled)
+            left = 1 - lncc(here, displacement)
+            if left > 1 - EXPLAINED and 1 - lncc(here, other := lowered(own)) <= (1 - WORTH[len(size)]) * left:
+                settled, displacement = own, other
+        else:
+            displacement = lowered(own)
     found = _at_scale(displacement, size, pair.fixed)
     return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
 
