@@ -40,7 +40,7 @@ def agreement(fixed: torch.Tensor, moving: torch.Tensor) -> float:
 def shared(fixed: torch.Tensor, moving: torch.Tensor) -> float:
     """The part of their histograms that two images share, each between its own 1st and 99th percentile, where neither shows background: 0 to 1.
 
-    fixed, moving: as for `agreement`; it stays where they are, which local correlations do not if two people's organs only roughly agree.
+    fixed, moving: as for `agreement`. Where the organs of two people match in part only, it still tells what local correlations do not.
     """
     inside = ~(_background(fixed) | _background(moving))
     histograms = []
