@@ -1,11 +1,11 @@
 """Puts trained models into the package, in half precision, with their cards: what `-m METHOD` then uses without `--model`.
 
-    python examples/bundle_weights.py RUN... [--results FILE.json] [--folder regtool/weights]
+    python examples/bundle_weights.py [RUN...] [--results FILE.json] [--folder regtool/weights]
 
 RUN: a folder that `regtool train --synthetic` wrote. Each becomes METHOD_2d or METHOD_3d.safetensors with the largest grid it may work on, its
 training, its limits, its method's paper and, with --results (what `examples/benchmarks/everything.py` keeps), its scores. Half precision is taken
 where it moves no displacement of eight synthetic pairs by 0.05 voxel. Then the list of hashes is written anew, and a table printed. More than 25 MB
-in all is an error.
+in all is an error. Without RUN the scores of FILE.json are written onto the cards of all that is bundled.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ def drift(one: Path, other: Path) -> tuple[float, float]:
     return float(distances.mean()), float(distances.max())
 
 
+def scores_of(card: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """`scores`, by set, of a method in its dimension; nothing where there are none."""
+    scores: dict[str, dict[str, Any]] = {}
+    for row in results.values():
+        if row["method"] == card["method"] and row["dimension"] == card["dimension"]:
+            own = scores.setdefault(row["set"], {"measure": row["measure"], "pairs": row["pairs"], "before": round(row["before"], 4)})
+            own["network and refining" if row["refined"] else "network"] = round(row["after"], 4)
+    return {"scores": scores} if scores else {}
+
+
 def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     """The card of the training, with what a user of the bundled model wants to know."""
     card = read_card(run / "model.safetensors")
@@ -59,11 +69,6 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     synthesis = parameters.synthesis
     reach = round(100 * (2 * synthesis.amplitude + synthesis.translation))
     size = " x ".join(map(str, synthesis.size))
-    scores: dict[str, dict[str, Any]] = {}
-    for row in results.values():
-        if row["method"] == card["method"] and row["dimension"] == ndim:
-            own = scores.setdefault(row["set"], {"measure": row["measure"], "pairs": row["pairs"], "before": round(row["before"], 4)})
-            own["network and refining" if row["refined"] else "network"] = round(row["after"], 4)
     limits = (
         f"learned from made-up shapes of {size} voxels that move by up to about {reach} % of the image, aligned to some degrees; sees at most "
         f"{MAX_VOXELS[ndim]} voxels of an image: larger motion is for the alignment, finer detail for refining"
@@ -79,12 +84,11 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
             value = getattr(getattr(parameters, section), key)
             command += f" --set {section}.{key}={value:g}" if value != getattr(getattr(wanted, section), key) else ""
     training = {"command": command, **card["training"]}
-    more = {"scores": scores} if scores else {}
     return {
         **card,
         "name": name,
         "parameters": parameters.model_dump(mode="json"),
-        "training": {**training, **more, "limits": limits},
+        "training": {**training, **scores_of(card, results), "limits": limits},
         "licence": "Apache-2.0",
         "citation": citation_of(card["method"]),
     }
@@ -104,18 +108,31 @@ def bundle(run: Path, folder: Path, results: dict[str, Any]) -> str:
     return f"| {card['name']} | {steps} | {minutes} | {megabytes:.2f} | {'half' if half else 'single'} | {mean:.4f} | {largest:.4f} |"
 
 
+def score(path: Path, results: dict[str, Any]) -> str:
+    """Writes the scores onto the card of a bundled model; a row of the table."""
+    card = read_card(path)
+    found = scores_of(card, results)
+    write_model(path, read_tensors(path), {**card, "training": {**card["training"], **found}})
+    return f"| {card['name']} | {', '.join(found.get('scores', {}))} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--folder", type=Path, default=BUNDLED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.results.read_text(encoding="utf-8")) if options.results else {}
-    print("| model | steps | minutes | MB | precision | mean change, voxels | largest change |\n|---|---|---|---|---|---|---|")
-    for run in options.runs:
-        print(bundle(run, options.folder, results), flush=True)
+    if options.runs:
+        print("| model | steps | minutes | MB | precision | mean change, voxels | largest change |\n|---|---|---|---|---|---|---|")
+        for run in options.runs:
+            print(bundle(run, options.folder, results), flush=True)
+    else:
+        print("| model | sets scored |\n|---|---|")
+        for path in sorted(options.folder.glob("*.safetensors")):
+            print(score(path, results))
     write_hashes(options.folder)
     total = sum(path.stat().st_size for path in options.folder.glob("*.safetensors")) / 1e6
     print(f"\n{total:.1f} MB in {options.folder}")
