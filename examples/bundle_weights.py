@@ -29,6 +29,7 @@ MAX_VOXELS = {2: 256 * 256, 3: 300_000}  # of the network grid
 MOST_DRIFT = 0.05  # voxels
 MOST_MEGABYTES = 25.0
 PAIRS = 8
+LEARNING = ("similarity", "regularity", "supervision", "augment", "synthesis", "train")  # sections that a training goes by
 
 
 def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,14 +76,11 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     )
     recipe = Path(__file__).parents[1] / "parameter_files" / f"{card['method']}_synthetic_{ndim}d.toml"
     command = f"regtool train --synthetic -p parameter_files/{recipe.name}"
-    if "parent" in card["training"]:  # it went on from other weights
-        train = parameters.train
+    if "parent" in card["training"]:  # it went on from other weights, not quite as the file says
         command += f" --set run.model={card['training']['parent']['name']} --set run.seed={parameters.run.seed}"
-        command += f" --set train.learning_rate={train.learning_rate:g} --steps {train.steps}"
-        wanted = read_parameters(recipe)
-        for section, key in (("synthesis", "amplitude"), ("synthesis", "inverted"), ("regularity", "diffusion")):
-            value = getattr(getattr(parameters, section), key)
-            command += f" --set {section}.{key}={value:g}" if value != getattr(getattr(wanted, section), key) else ""
+        own, wanted = (one.model_dump(mode="json") for one in (parameters, read_parameters(recipe)))
+        differing = [(f"{name}.{key}", value) for name in LEARNING for key, value in own[name].items() if value != wanted[name][key]]
+        command += "".join(f" --set {key}={json.dumps(value, separators=(',', ':'))}" for key, value in differing)
     training = {"command": command, **card["training"]}
     return {
         **card,
@@ -122,6 +120,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--folder", type=Path, default=BUNDLED)
     options = parser.parse_args()
+    if not options.runs and options.results is None:
+        parser.error("give runs to bundle, or --results to write their scores onto what is bundled")
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.results.read_text(encoding="utf-8")) if options.results else {}

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from regtool.errors import ModelError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.io import models
+from regtool.io.models import read_tensors
 from regtool.parameters import Parameters
 from regtool.workflows import resolve as resolving
 from regtool.workflows.models import changed_parameters, list_models
@@ -189,13 +191,34 @@ def test_what_comes_with_this_version() -> None:
         assert card["citation"] == citation_of(card["method"])
 
 
-def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
-    """A run becomes a model in half precision that says what it is, and moves things as it did."""
+def bundling() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bundle_weights", Path(__file__).resolve().parents[1] / "examples" / "bundle_weights.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_card_of_a_training_that_went_on_says_how(tmp_path: Path) -> None:
+    recipe = Path(__file__).resolve().parents[1] / "parameter_files" / "pyramid_synthetic_2d.toml"
+    own = read_parameters(recipe, ("train.steps=7", "synthesis.amplitude=0.3", "synthesis.size=[24,16]", "run.seed=12", "run.threads=1"))
+    went_on = {"steps": 7, "device": "cpu", "parent": {"name": "before", "sha256": "0"}}
+    save_model(tmp_path / "model.safetensors", build(own, 2), own, name="run", training=went_on)
+    command = bundling().card_of(tmp_path, {})["training"]["command"]
+    assert command.split(" --set ") == [
+        "regtool train --synthetic -p parameter_files/pyramid_synthetic_2d.toml",
+        "run.model=before",
+        "run.seed=12",
+        "synthesis.size=[24,16]",
+        "synthesis.amplitude=0.3",
+        "train.steps=7",
+    ]
+
+
+def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
+    """A run becomes a model in half precision that says what it is, and moves things as it did; scores can be written anew."""
+    script = bundling()
     run, folder, results = tmp_path / "run", tmp_path / "weights", tmp_path / "results.json"
     run.mkdir()
     parameters = read_parameters(None, (*SMALL, f"synthesis.size={[24] * ndim}"))
@@ -215,3 +238,16 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "half precision" in card["training"]["stored"]
     assert card["parameters"]["grid"]["max_voxels"] == {2: 65_536, 3: 300_000}[ndim]
     assert resolve(None, ("method=pyramid",), ndim).model == path
+    rows["b"]["after"] = 0.8
+    results.write_text(json.dumps(rows))
+    before = read_tensors(path)
+    monkeypatch.setattr("sys.argv", ["bundle_weights.py", "--results", str(results), "--folder", str(folder)])
+    script.main()
+    after, anew = read_tensors(path), load_model(path)[1]
+    assert all(torch.equal(after[name], x) and after[name].dtype == x.dtype for name, x in before.items())
+    assert anew["training"]["scores"]["hearts"]["network and refining"] == 0.8
+    anew["training"]["scores"] = card["training"]["scores"]
+    assert anew == card
+    monkeypatch.setattr("sys.argv", ["bundle_weights.py", "--folder", str(folder)])
+    with pytest.raises(SystemExit):
+        script.main()

@@ -109,8 +109,8 @@ def refine(
         if shape == asked:
             settled = stiffness(parameters, STIFF)
             displacement = lowered(settled)
-            left = 1 - lncc(here, displacement)
-            if left > 1 - EXPLAINED and 1 - lncc(here, other := lowered(own)) <= (1 - WORTH[len(size)]) * left:
+            reached = lncc(here, displacement)
+            if reached < EXPLAINED and lncc(here, other := lowered(own)) >= reached + WORTH[len(size)] * (1 - reached):
                 settled, displacement = own, other
         else:
             displacement = lowered(own)

@@ -36,7 +36,7 @@ log = logging.getLogger("regtool")
 
 ASKED_VOXELS = 250_000  # of the grid on which the relation of intensities is asked
 ROUGH_VOXELS = 15_000  # of the grid on which the anatomies are brought together roughly for that
-ROUGH = Refine(iterations=15, levels=2, finest="mi", diffusion=10, smoothings=6)  # what AGREEMENT in optimise/modality was measured after
+ROUGH = Refine(iterations=15, levels=2, finest="mi", diffusion=10, smoothings=6)  # what AGREEMENT and BOTH in optimise/modality were measured after
 
 
 @dataclass(frozen=True)
