@@ -136,6 +136,28 @@ for arguments in {quick!r}:
     assert done.returncode == 0, done.stderr
 
 
+ENTRY = """
+import atexit, gc, os, sys
+atexit.register(print, "taken apart")
+from regtool.cli import app
+def main():
+    print(os.environ["GOMP_SPINCOUNT"], gc.get_threshold()[0] > 700)
+    print("e" * 300_000, file=sys.stderr)
+    sys.exit(4)
+app.main = main
+from regtool.__main__ import run
+run()
+"""
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_the_process_ends_at_once_with_all_that_was_printed(own: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | ({} if own is None else {"GOMP_SPINCOUNT": own})
+    done = subprocess.run([sys.executable, "-c", ENTRY], encoding="utf-8", capture_output=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (4, f"{own or 1000} True\n")
+    assert done.stderr == "e" * 300_000 + "\n"
+
+
 def computing(*words: object) -> float:
     """Seconds of the processor that `python WORDS` takes: how busy the machine is does not matter."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -155,7 +155,7 @@ def _encoded(figure: Figure) -> bytes:
     out = io.BytesIO()
     for dpi in (100, 80, 60):
         out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=dpi, facecolor=PAPER)
+        figure.savefig(out, format="png", dpi=dpi, facecolor=PAPER, pil_kwargs={"compress_level": 4})
         if out.tell() < PNG_BYTES:
             break
     return out.getvalue()
