@@ -15,7 +15,8 @@ from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, 
 from regtool.geometry.sampling import resample, transform_points, warp, warp_labels
 from regtool.io.images import write_image
 from regtool.metrics.overlap import dice
-from regtool.workflows.pair import Course, Guides, Setup, register_pair
+from regtool.workflows.course import Course, Guides, Setup
+from regtool.workflows.pair import register_pair
 from regtool.workflows.register import Request, register
 from regtool.workflows.resolve import resolve
 from regtool.workflows.runtime import Clock

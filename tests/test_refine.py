@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from regtool.data.batch import Batch
+from regtool.deformation.smooth import spread
 from regtool.geometry.fields import compose_voxels, corner_determinant, jacobian_determinant
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
 from regtool.geometry.sampling import warp_voxels
 from regtool.optimise import refine as refining
-from regtool.optimise.refine import STIFF, STIFFNESS, Adam, _levels, _smoothed, refine
+from regtool.optimise.refine import STIFF, STIFFNESS, Adam, _levels, refine
 from regtool.parameters import Measure, Refine, Similarity
 from regtool.workflows.register import Request, register
 from tests.conftest import smooth_field
@@ -28,7 +29,7 @@ ALONE = ("run.threads=1", "run.qc=false")
 def textured(ndim: int) -> torch.Tensor:
     """(1, 1, *shape) in [0, 1], structure everywhere at the scale of a few voxels."""
     noise = torch.rand(1, 1, *SHAPE[:ndim], generator=torch.Generator().manual_seed(0))
-    smooth = _smoothed(noise, 3)
+    smooth = spread(noise, SHAPE[:ndim], 3)
     return (smooth - smooth.min()) / (smooth.max() - smooth.min())
 
 
@@ -82,17 +83,6 @@ def test_across_contrasts_edges_find_in_volumes_what_histograms_leave(ndim: int)
     assert ours < 0.5 * float(truth[middle].norm(dim=1).mean())
     theirs = left(Refine(finest="mi"))
     assert ours < theirs if ndim == 3 else ours == theirs
-
-
-def test_smoothing_equals_a_padded_mean_and_its_gradient_is_right(ndim: int) -> None:
-    u = torch.randn(1, ndim, *(5, 4, 6)[:ndim], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    expected = u.detach().numpy()
-    for axis in range(2, u.dim()):
-        wide = np.pad(expected, [(1, 1) if a == axis else (0, 0) for a in range(u.dim())], mode="edge")
-        expected = sum(np.take(wide, range(k, k + u.shape[axis]), axis) for k in range(3)) / 3
-    assert np.allclose(_smoothed(u, 1).detach().numpy(), expected)
-    assert torch.autograd.gradcheck(lambda x: _smoothed(x, 2), (u,))
-    assert _smoothed(torch.ones(1, ndim, *[1] * ndim), 2).eq(1).all()
 
 
 def test_adam_is_that_of_torch(ndim: int) -> None:

@@ -6,6 +6,7 @@ explicit value outside it. `padding_mode="zeros"` alone is wrong by up to 0.2 of
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -33,8 +34,8 @@ def sample(data: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def inside(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(..., D) voxel indices to (...) bool: in the image as ITK defines it."""
-    size = torch.as_tensor(list(reversed(shape)), dtype=index.dtype, device=index.device)
-    return ((index >= -0.5) & (index < size - 0.5)).all(dim=-1)
+    axes = zip(index.unbind(-1), reversed(shape), strict=True)
+    return functools.reduce(torch.logical_and, ((x >= -0.5) & (x < n - 0.5) for x, n in axes))
 
 
 def warp_voxels(image: torch.Tensor, displacement: torch.Tensor, outside: float | None = None) -> torch.Tensor:
@@ -44,11 +45,14 @@ def warp_voxels(image: torch.Tensor, displacement: torch.Tensor, outside: float 
     outside: the value beyond the image; None continues the border outwards.
     """
     shape = image.shape[2:]
-    index = identity(shape, displacement) + displacement.movedim(1, -1)
-    values = F.grid_sample(image, _normalised(index, shape), mode="bilinear", padding_mode="border", align_corners=True)
+    size = torch.as_tensor(shape[::-1], dtype=displacement.dtype, device=displacement.device)
+    moved = displacement.movedim(1, -1)
+    points = torch.addcmul(_normalised(identity(shape, displacement), shape), moved, 2 / (size - 1).clamp(min=1))
+    values = F.grid_sample(image, points, mode="bilinear", padding_mode="border", align_corners=True)
     if outside is None:
         return values
-    return torch.where(inside(index, shape).unsqueeze(1), values, torch.full((), outside, dtype=values.dtype, device=values.device))
+    here = inside(identity(shape, displacement) + moved, shape)
+    return torch.where(here.unsqueeze(1), values, torch.full((), outside, dtype=values.dtype, device=values.device))
 
 
 def identity(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -178,7 +182,14 @@ def _apply(part: Part, x: torch.Tensor) -> torch.Tensor:
 
 
 def _apply_affine(affine: Affine, x: torch.Tensor) -> torch.Tensor:
-    return x @ torch.as_tensor(affine.matrix.T.copy()).to(x) + torch.as_tensor(affine.translation).to(x)
+    """Column by column: a product with a matrix this small takes three times as long."""
+    out = torch.empty_like(x)
+    for row, start, column in zip(affine.matrix.tolist(), affine.translation.tolist(), out.unbind(-1), strict=True):
+        column.fill_(start)
+        for factor, source in zip(row, x.unbind(-1), strict=True):
+            if factor:
+                column.add_(source, alpha=factor)
+    return out
 
 
 def _normalised(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

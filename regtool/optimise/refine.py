@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from regtool.data.batch import Batch, Points
 from regtool.data.preprocess import antialiased
 from regtool.deformation.dense import dense
+from regtool.deformation.smooth import spread, spread_shape
 from regtool.geometry.fields import exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
-from regtool.geometry.sampling import resample, warp_voxels
+from regtool.geometry.sampling import resample, resize_voxels, warp_voxels
 from regtool.losses import RAISED, SIMILARITIES, Similarities, similarity
 from regtool.losses.regularity import diffusion
 from regtool.losses.supervision import landmark_distance, soft_dice
@@ -134,14 +135,16 @@ def _lowered(
     expected: the field that has no roughness, None for none at all. told: of each loss.
     """
     relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
-    raw = start.detach().clone().requires_grad_()  # the start stays as it is
+    size, times = tuple(start.shape[2:]), own.smoothings
+    fewer = spread_shape(size, times)
+    raw = resize_voxels(start.detach(), fewer).clone().requires_grad_()  # the start stays as it is
     optimiser = Adam(raw, own.step_voxels)
     if expected is not None:
-        expected = _smoothed(expected, own.smoothings)  # what a field of this stiffness can have of it
+        expected = spread(resize_voxels(expected, fewer), size, times)  # what a field of this stiffness can have of it
     patience = max(3, iterations // 10)
     losses: list[float] = []
     for step in range(iterations):
-        u = _smoothed(raw, own.smoothings)
+        u = spread(raw, size, times)
         rough = diffusion(u if expected is None else u - expected, relative)
         loss = own.diffusion * rough + _both_ways(pair, u, parameters, measure)
         (gradient,) = torch.autograd.grad(loss, raw)
@@ -151,7 +154,7 @@ def _lowered(
         if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
             break
     fell = bool(losses) and losses[0] - losses[-1] > FLAT  # Adam takes whole steps even where nothing is left to gain
-    return _smoothed(raw.detach(), own.smoothings) if fell else start
+    return spread(raw.detach(), size, times) if fell else start
 
 
 class Adam:
@@ -249,21 +252,3 @@ def _at_scale(displacement: torch.Tensor | None, shape: tuple[int, ...], like: t
     if displacement is None:
         return torch.zeros(1, len(shape), *shape, dtype=like.dtype, device=like.device)
     return dense(displacement, shape)
-
-
-def _smoothed(u: torch.Tensor, times: int) -> torch.Tensor:
-    """Means over three voxels along every axis, `times` times, the border continued: one product with a matrix an axis, however many times."""
-    shape = u.shape
-    for axis in range(2, u.dim()) if times else ():
-        matrix, after = _means(shape[axis], times).to(u), math.prod(shape[axis + 1 :])
-        u = u.reshape(-1, shape[axis]) @ matrix if after == 1 else matrix @ u.reshape(-1, shape[axis], after)
-    return u.reshape(shape)
-
-
-@functools.lru_cache(maxsize=32)
-def _means(n: int, times: int) -> torch.Tensor:
-    """(n, n), symmetric, float64."""
-    once = torch.ones(n, n, dtype=torch.float64).triu(-1).tril(1)
-    once[0, 0] += 1
-    once[-1, -1] += 1
-    return torch.linalg.matrix_power(once / 3, times)

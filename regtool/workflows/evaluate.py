@@ -28,7 +28,8 @@ from regtool.metrics.intensity import likeness, nmse
 from regtool.metrics.learn2reg import NOTE, learn2reg_scores
 from regtool.metrics.statistics import mean_interval, paired
 from regtool.metrics.summary import LABEL_INTERPOLATION, guide_scores, leading, lower_is_better, numbers
-from regtool.workflows.pair import Guides, check_pair
+from regtool.workflows.course import Guides
+from regtool.workflows.pair import check_pair
 from regtool.workflows.register import Request, read_inputs
 from regtool.workflows.runtime import gathered_warnings, out_of_memory_explained
 from regtool.workflows.warp import read_transforms

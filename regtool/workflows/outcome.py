@@ -19,7 +19,8 @@ from regtool.metrics.summary import LABEL_INTERPOLATION, guide_scores
 from regtool.parameters import Quality, dump
 from regtool.report.page import Frame, LandmarkErrors, PageContent, qc_html, qc_png
 from regtool.report.volumes import display_grid
-from regtool.workflows.pair import Guides, Registered
+from regtool.workflows.course import Guides
+from regtool.workflows.pair import Registered
 from regtool.workflows.resolve import Resolved
 from regtool.workflows.runtime import Clock, peak_memory_mb, versions
 

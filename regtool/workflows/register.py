@@ -19,10 +19,11 @@ from regtool.io.files import check_folder, refuse_existing
 from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
 from regtool.io.transforms import read_transform
+from regtool.workflows.course import Guides, Setup
 from regtool.workflows.failure import Known, clear_failure, failure_page
 from regtool.workflows.oneshot import Progress
 from regtool.workflows.outcome import Extra, Outcome, evaluated, report_of, thresholds, write_folder
-from regtool.workflows.pair import Guides, Registered, Setup, register_pair
+from regtool.workflows.pair import Registered, register_pair
 from regtool.workflows.resolve import Resolved, resolve
 from regtool.workflows.runtime import Clock, configure, gathered_warnings, out_of_memory_explained, pick_device
 
