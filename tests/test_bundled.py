@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from regtool.engines import build, citation_of, read_parameters
+from regtool.engines._engine import Engine
 from regtool.engines._model import load_model, save_model
 from regtool.errors import ModelError
 from regtool.geometry.grid import Grid
@@ -135,6 +136,8 @@ class Halfway(torch.nn.Module):
     def __init__(self, wrong: bool = False) -> None:
         super().__init__()
         self.wrong, self.calls = wrong, 0
+
+    looks = Engine.looks
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         self.calls += 1

@@ -81,11 +81,16 @@ def test_exchanging_the_images_changes_the_sign_of_the_velocity(ndim: int) -> No
     assert float((there + back).abs().max()) < 1e-5 * float(there.abs().max())
 
 
-def test_the_other_way_round_is_the_inverse(ndim: int) -> None:
+@pytest.mark.parametrize("looks", [0, 1, 3])
+def test_the_other_way_round_is_the_inverse(ndim: int, looks: int) -> None:
     """By scipy: x + u(x), then from there, is x again."""
     engine, (fixed, moving) = made(ndim, stir=0.3), pair((48, 40, 32)[:ndim])
+
+    def found(*images: torch.Tensor) -> torch.Tensor:
+        return next(itertools.islice(engine.looks(*images), looks - 1, None)) if looks else engine.displacement(*images)
+
     with torch.inference_mode():
-        there, back = (engine.displacement(*images)[0].double().numpy() for images in ((fixed, moving), (moving, fixed)))
+        there, back = (found(*images)[0].double().numpy() for images in ((fixed, moving), (moving, fixed)))
     size = np.abs(there).max()
     assert 1 < size < 8
     start = np.indices(fixed.shape[2:]).astype(float)
@@ -95,6 +100,15 @@ def test_the_other_way_round_is_the_inverse(ndim: int) -> None:
     missed = np.linalg.norm(returned - start, axis=0)[inner]
     assert missed.mean() < 0.01 * size
     assert missed.max() < 0.1
+
+
+def test_the_first_look_is_the_displacement_and_equal_images_stay(ndim: int) -> None:
+    engine, (fixed, moving) = made(ndim, stir=0.3), pair((48, 40, 32)[:ndim])
+    with torch.inference_mode():
+        once, u = next(engine.looks(fixed, moving)), engine.displacement(fixed, moving)
+        assert all(torch.equal(u, torch.zeros_like(u)) for u in itertools.islice(engine.looks(fixed, fixed), 3))
+    inner = (..., *[slice(8, -8)] * ndim)
+    assert float((once - u)[inner].norm(dim=1).mean()) < 0.01 * float(u.abs().max())
 
 
 def test_nothing_folds(ndim: int) -> None:

@@ -214,7 +214,7 @@ def test_time_series(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_stage_that_is_rolled_back_names_its_time_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regtool.workflows.pair.objection", lambda *_: "for the test")
+    monkeypatch.setattr("regtool.workflows.course.objection", lambda *_: "for the test")
     fixed, moving = phantom(2)
     series = Image(torch.cat([moving.data, moving.data + 5]), moving.grid, time=(2.0, 0.0))
     for image, expected in ((series, ["time point 0: network", "time point 1: network"]), (moving, ["network"])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from regtool.data.batch import Batch
 from regtool.errors import ParameterError
+from regtool.geometry.fields import compose_voxels
 from regtool.geometry.sampling import warp_voxels
 from regtool.losses import REGULARITIES, SIMILARITIES
 from regtool.losses.supervision import displacement_error, landmark_distance, soft_dice
@@ -42,6 +43,13 @@ class Engine(nn.Module, ABC):
     @abstractmethod
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels, component 0 is x (the last axis); any shape, axes of one voxel included."""
+
+    def looks(self, fixed: torch.Tensor, moving: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Displacements in float32, without end: of one look, of two, ... Each look sees the moving image as the ones before have warped it."""
+        u = self.displacement(fixed, moving).float()
+        while True:
+            yield u
+            u = compose_voxels(u, self.displacement(fixed, warp_voxels(moving, u)).float())
 
     def losses(self, batch: Batch, phase: str) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Weighted terms by name; their sum (`total`) is what the optimiser of `phase` lowers."""

@@ -7,6 +7,7 @@ without normalisation layers any batch and any image size will do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -14,6 +15,8 @@ from pydantic import Field, model_validator
 
 from regtool.deformation.velocity import velocity
 from regtool.engines._engine import Engine
+from regtool.geometry.fields import compose_voxels
+from regtool.geometry.sampling import warp_voxels
 from regtool.networks.blocks import cropped
 from regtool.networks.pyramid import Pyramid as Network
 from regtool.parameters import Parameters as AllParameters
@@ -49,5 +52,20 @@ class Pyramid(Engine):
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels; the other way round it is the inverse."""
-        output, shape = self.network(fixed, moving), fixed.shape[2:]
-        return cropped(velocity(output, [2 * n for n in output.shape[2:]], self.integration_steps), shape).contiguous()
+        return self._followed(self.network(fixed, moving), fixed.shape[2:])
+
+    def looks(self, fixed: torch.Tensor, moving: torch.Tensor) -> Iterator[torch.Tensor]:
+        """As of any engine, but each look sees both images as the ones before have warped them half-way, so that all of them together still give the
+        inverse the other way round: with velocities v, w, ... the map is exp(v/2) exp(w/2) ... exp(w/2) exp(v/2).
+        """
+        shape = fixed.shape[2:]
+        to_middle = from_middle = back = fixed.new_zeros(1, len(shape), *[1] * len(shape), dtype=torch.float32).expand(len(fixed), -1, *shape)
+        while True:
+            half = self.network(warp_voxels(fixed, back), warp_voxels(moving, from_middle)) / 2
+            there, reverse = self._followed(torch.cat([half, -half]), shape).chunk(2)
+            to_middle, from_middle, back = compose_voxels(there, to_middle), compose_voxels(from_middle, there), compose_voxels(back, reverse)
+            yield compose_voxels(from_middle, to_middle)
+
+    def _followed(self, rate: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The network's velocity for unit time: (N, D, *shape) voxels."""
+        return cropped(velocity(rate, [2 * n for n in rate.shape[2:]], self.integration_steps), shape).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -158,14 +159,11 @@ class Course:
 
     def _roughly(self) -> Transform:
         """The transform so far, and after it what `pyramid` finds: where folds of one brain lie on those of another, nothing tells the modality."""
-        grid, transform, network = network_grid(self.grid, GridParameters(), ROUGH_VOXELS), self.transform, _rough_network(self.grid.ndim)
-        fixed, moving = self.greys
-        for _ in range(LOOKS):
-            with torch.inference_mode():
-                images = self.tensor(fixed, stay(grid.ndim), grid), self.tensor(moving, transform, grid)
-                u = network.to(self.setup.device).displacement(*images).float()
-            transform = Transform((DisplacementField.from_voxels(u.cpu(), grid),)).then(transform)
-        return transform
+        grid, network = network_grid(self.grid, GridParameters(), ROUGH_VOXELS), _rough_network(self.grid.ndim).to(self.setup.device)
+        looks = network.looks(self.tensor(self.greys[0], stay(grid.ndim), grid), self.tensor(self.greys[1], self.transform, grid))
+        with torch.inference_mode():
+            *_, u = itertools.islice(looks, LOOKS)
+        return Transform((DisplacementField.from_voxels(u.cpu(), grid),)).then(self.transform)
 
     def offer(
         self, name: str, candidate: Transform, started: float, note: str = "", folding_percent: float = 0.0, least: float = 0.0, forced: bool = False

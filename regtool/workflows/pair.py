@@ -14,7 +14,7 @@ from regtool.data.preprocess import Parts, content, seen, shown
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.fields import JacobianStatistics, compose, corner_determinant, jacobian_determinant, jacobian_statistics
+from regtool.geometry.fields import JacobianStatistics, corner_determinant, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
 from regtool.geometry.sampling import displacement_on, grid_points, resample, stay, transform_points, warp
@@ -142,7 +142,7 @@ def _told(course: Course) -> bool:
 def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Learned | None]:
     """(the network's field where it was taken, what was learned on this pair).
 
-    Trained weights see the pair again with the moving image as registered so far; what they find is composed with the field before, under guard.
+    Trained weights see the pair again as registered so far; what they find, composed with what they have found before, is under guard.
     """
     started, setup, aligned = time.perf_counter(), course.setup, course.transform
     batch = course.pair(aligned, grid, grey=True)
@@ -152,15 +152,13 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
     # learning in bfloat16 would be twice as fast, but torch's CPU gradients are then not reproducible and now and then NaN
     lower = setup.parameters.run.precision == "bf16" and not setup.learns
     field: DisplacementField | None = None
+    looks = engine.looks(batch.fixed, batch.moving)
     for turn in range(1 if setup.learns else setup.parameters.run.passes):
-        moving = batch.moving if turn == 0 else course.tensor(course.greys[1], course.transform, grid)
         with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
-            u = engine.displacement(batch.fixed, moving).float()
+            u = next(looks)
         if not bool(torch.isfinite(u).all()):
             raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
         found = DisplacementField.from_voxels(u.cpu(), grid)
-        if field is not None:
-            found = compose(found, field)
         taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, extra=turn > 0)
         if taken is None:
             break
