@@ -81,10 +81,10 @@ def test_exchanging_the_images_changes_the_sign_of_the_velocity(ndim: int) -> No
     assert float((there + back).abs().max()) < 1e-5 * float(there.abs().max())
 
 
-@pytest.mark.parametrize("looks", [0, 1, 3])
-def test_the_other_way_round_is_the_inverse(ndim: int, looks: int) -> None:
+@pytest.mark.parametrize(("looks", "settings"), [(0, ()), (1, ()), (3, ()), (2, ("engine.halve_from=1920",))])
+def test_the_other_way_round_is_the_inverse(ndim: int, looks: int, settings: tuple[str, ...]) -> None:
     """By scipy: x + u(x), then from there, is x again."""
-    engine, (fixed, moving) = made(ndim, stir=0.3), pair((48, 40, 32)[:ndim])
+    engine, (fixed, moving) = made(ndim, *settings, stir=0.3), pair((48, 40, 32)[:ndim])
 
     def found(*images: torch.Tensor) -> torch.Tensor:
         return next(itertools.islice(engine.looks(*images), looks - 1, None)) if looks else engine.displacement(*images)
@@ -109,6 +109,21 @@ def test_the_first_look_is_the_displacement_and_equal_images_stay(ndim: int) -> 
         assert all(torch.equal(u, torch.zeros_like(u)) for u in itertools.islice(engine.looks(fixed, fixed), 3))
     inner = (..., *[slice(8, -8)] * ndim)
     assert float((once - u)[inner].norm(dim=1).mean()) < 0.01 * float(u.abs().max())
+
+
+def test_the_first_look_at_a_large_image_is_at_half_its_resolution(ndim: int) -> None:
+    size = (33, 40, 24)[:ndim]
+    engine, seen = made(ndim, f"engine.halve_from={np.prod(size)}", stir=0.3), []
+    engine.network.register_forward_pre_hook(lambda _, images: seen.append(tuple(images[0].shape[2:])))
+    with torch.inference_mode():
+        for shape in (size, (32, *size[1:])):
+            fields = list(itertools.islice(engine.looks(*pair(shape)), 2))
+            assert all(tuple(u.shape) == (1, ndim, *shape) for u in fields)
+    assert seen == [tuple(-(-n // 2) for n in size), size, *[(32, *size[1:])] * 2]
+    shift = 6.0 * (torch.arange(ndim) == 0).float().reshape(1, -1, *[1] * ndim)  # a velocity of 3 voxels an axis at half resolution is 6 of the image
+    engine.network.forward = lambda f, _: (shift / 4).expand(1, -1, *[-(-n // 2) for n in f.shape[2:]])  # type: ignore[method-assign]
+    u = next(engine.looks(*pair(size)))
+    assert torch.allclose(u, shift.expand_as(u), atol=1e-5)
 
 
 def test_nothing_folds(ndim: int) -> None:

@@ -7,6 +7,7 @@ without normalisation layers any batch and any image size will do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -17,8 +18,9 @@ from regtool.deformation.velocity import velocity
 from regtool.engines._engine import Engine
 from regtool.geometry.fields import compose_voxels
 from regtool.geometry.sampling import warp_voxels
-from regtool.networks.blocks import cropped
+from regtool.networks.blocks import AVERAGE_POOL, cropped
 from regtool.networks.pyramid import Pyramid as Network
+from regtool.networks.pyramid import doubled_field
 from regtool.parameters import Parameters as AllParameters
 from regtool.parameters import Section
 
@@ -35,6 +37,13 @@ class Parameters(Section):
     hidden: tuple[int, ...] = Field((24, 32, 48, 64, 64), description="channels of what compares the features at each of these levels")
     integration_steps: int = Field(7, ge=1, le=12, description="the velocity is squared so often")
 
+    halve_from: int | None = Field(
+        None,
+        ge=1,
+        description="an image of at least so many voxels is seen at half its resolution by the first of several looks, which finds larger motion so; "
+        "four times the voxels it learned from, say; left out: never",
+    )
+
     @model_validator(mode="after")
     def _as_many(self) -> Self:
         if not 1 <= len(self.channels) == len(self.hidden) <= 8 or min(*self.channels, *self.hidden) < 1:
@@ -48,7 +57,7 @@ class Pyramid(Engine):
     def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
         super().__init__(settings, parameters, ndim=ndim, channels=channels)
         self.network = Network(ndim, channels, settings.channels, settings.hidden)
-        self.integration_steps = settings.integration_steps
+        self.integration_steps, self.halve_from = settings.integration_steps, settings.halve_from or math.inf
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels; the other way round it is the inverse."""
@@ -59,12 +68,22 @@ class Pyramid(Engine):
         inverse the other way round: with velocities v, w, ... the map is exp(v/2) exp(w/2) ... exp(w/2) exp(v/2).
         """
         shape = fixed.shape[2:]
-        to_middle = from_middle = back = fixed.new_zeros(1, len(shape), *[1] * len(shape), dtype=torch.float32).expand(len(fixed), -1, *shape)
+        there, back = self._half_way(fixed, moving, math.prod(shape) >= self.halve_from)
+        to_middle, from_middle = there, there
         while True:
-            half = self.network(warp_voxels(fixed, back), warp_voxels(moving, from_middle)) / 2
-            there, reverse = self._followed(torch.cat([half, -half]), shape).chunk(2)
-            to_middle, from_middle, back = compose_voxels(there, to_middle), compose_voxels(from_middle, there), compose_voxels(back, reverse)
             yield compose_voxels(from_middle, to_middle)
+            there, reverse = self._half_way(warp_voxels(fixed, back), warp_voxels(moving, from_middle))
+            to_middle, from_middle, back = compose_voxels(there, to_middle), compose_voxels(from_middle, there), compose_voxels(back, reverse)
+
+    def _half_way(self, fixed: torch.Tensor, moving: torch.Tensor, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Displacements half the way to the moving image, and as far the other way, found at half the resolution if `halved`."""
+        both, shape = torch.cat([fixed, moving]), fixed.shape[2:]
+        if halved:
+            both = AVERAGE_POOL[self.ndim](both, 2, ceil_mode=True)
+        rate = self.network(*both.chunk(2)) / 2
+        ways = self._followed(torch.cat([rate, -rate]), both.shape[2:])
+        there, back = (doubled_field(ways, shape) if halved else ways).chunk(2)
+        return there, back
 
     def _followed(self, rate: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The network's velocity for unit time: (N, D, *shape) voxels."""
