@@ -37,11 +37,11 @@ class Parameters(Section):
     hidden: tuple[int, ...] = Field((24, 32, 48, 64, 64), description="channels of what compares the features at each of these levels")
     integration_steps: int = Field(7, ge=1, le=12, description="the velocity is squared so often")
 
-    halve_from: int | None = Field(
-        None,
-        ge=1,
+    halve_from: int = Field(
+        0,
+        ge=0,
         description="an image of at least so many voxels is seen at half its resolution by the first of several looks, which finds larger motion so; "
-        "four times the voxels it learned from, say; left out: never",
+        "four times the voxels it learned from, say; 0: never",
     )
 
     @model_validator(mode="after")
