@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from regtool.data.preprocess import network_grid, prepared, to_network
-from regtool.engines._engine import Engine
 from regtool.geometry.fields import compose_voxels, jacobian_determinant, jacobian_statistics
 from regtool.geometry.image import DisplacementField, Labels, Transform
 from regtool.geometry.sampling import stay, warp_labels
@@ -32,11 +31,6 @@ def overlap(labels: tuple[Labels, ...], transform: Transform) -> float:
     """Mean Dice of the labels in the fixed map."""
     fixed, moving = labels
     return dice(fixed, warp_labels(moving, transform, fixed.grid, vote=False), fixed.data.unique()[1:].tolist()).mean
-
-
-def found(engine: Engine, fixed: torch.Tensor, moving: torch.Tensor, passes: int) -> torch.Tensor:
-    """(1, D, *shape) voxels."""
-    return next(islice(engine.looks(fixed, moving), passes - 1, None)) if passes > 1 else engine.displacement(fixed, moving)
 
 
 def main() -> None:
@@ -65,7 +59,7 @@ def main() -> None:
             fixed, moving = (to_network(prepared(image, grid, parameters.preprocess), stay(2), grid) for image in images)
             fixed = 1 - fixed if inverted else fixed
             with torch.inference_mode():
-                there, back = (found(engine, *pair, arguments.passes) for pair in ((fixed, moving), (moving, fixed)))
+                there, back = (list(engine.looks(*pair, arguments.passes))[-1] for pair in ((fixed, moving), (moving, fixed)))
             field = DisplacementField.from_voxels(there[0], grid)
             folding = jacobian_statistics(jacobian_determinant(field)).folding_percent
             left = float(compose_voxels(back, there).norm(dim=1).mean())

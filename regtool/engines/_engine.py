@@ -44,12 +44,15 @@ class Engine(nn.Module, ABC):
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels, component 0 is x (the last axis); any shape, axes of one voxel included."""
 
-    def looks(self, fixed: torch.Tensor, moving: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Displacements in float32, without end: of one look, of two, ... Each look sees the moving image as the ones before have warped it."""
+    def looks(self, fixed: torch.Tensor, moving: torch.Tensor, times: int) -> Iterator[torch.Tensor]:
+        """Displacements in float32: of one look, of two, ... of so many `times`. Each look sees the moving image as the ones before have warped it; a
+        single one is `displacement`.
+        """
         u = self.displacement(fixed, moving).float()
-        while True:
-            yield u
+        yield u
+        for _ in range(times - 1):
             u = compose_voxels(u, self.displacement(fixed, warp_voxels(moving, u)).float())
+            yield u
 
     def losses(self, batch: Batch, phase: str) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Weighted terms by name; their sum (`total`) is what the optimiser of `phase` lowers."""

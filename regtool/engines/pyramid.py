@@ -18,7 +18,7 @@ from regtool.deformation.velocity import velocity
 from regtool.engines._engine import Engine
 from regtool.geometry.fields import compose_voxels
 from regtool.geometry.sampling import warp_voxels
-from regtool.networks.blocks import AVERAGE_POOL, cropped
+from regtool.networks.blocks import average_pool, cropped
 from regtool.networks.pyramid import Pyramid as Network
 from regtool.networks.pyramid import doubled_field
 from regtool.parameters import Parameters as AllParameters
@@ -36,7 +36,6 @@ class Parameters(Section):
     )
     hidden: tuple[int, ...] = Field((24, 32, 48, 64, 64), description="channels of what compares the features at each of these levels")
     integration_steps: int = Field(7, ge=1, le=12, description="the velocity is squared so often")
-
     halve_from: int = Field(
         0,
         ge=0,
@@ -63,23 +62,26 @@ class Pyramid(Engine):
         """(N, C, *shape) twice to (N, D, *shape) voxels; the other way round it is the inverse."""
         return self._followed(self.network(fixed, moving), fixed.shape[2:])
 
-    def looks(self, fixed: torch.Tensor, moving: torch.Tensor) -> Iterator[torch.Tensor]:
-        """As of any engine, but each look sees both images as the ones before have warped them half-way, so that all of them together still give the
-        inverse the other way round: with velocities v, w, ... the map is exp(v/2) exp(w/2) ... exp(w/2) exp(v/2).
+    def looks(self, fixed: torch.Tensor, moving: torch.Tensor, times: int) -> Iterator[torch.Tensor]:
+        """As of any engine, but each of several looks sees both images as the ones before have warped them half-way, so that all of them together
+        still give the inverse the other way round: with velocities v, w, ... the map is exp(v/2) exp(w/2) ... exp(w/2) exp(v/2).
         """
-        shape = fixed.shape[2:]
-        there, back = self._half_way(fixed, moving, math.prod(shape) >= self.halve_from)
+        if times == 1:
+            yield from super().looks(fixed, moving, 1)
+            return
+        there, back = self._half_way(fixed, moving, math.prod(fixed.shape[2:]) >= self.halve_from)
         to_middle, from_middle = there, there
-        while True:
-            yield compose_voxels(from_middle, to_middle)
+        yield compose_voxels(from_middle, to_middle)
+        for _ in range(times - 1):
             there, reverse = self._half_way(warp_voxels(fixed, back), warp_voxels(moving, from_middle))
             to_middle, from_middle, back = compose_voxels(there, to_middle), compose_voxels(from_middle, there), compose_voxels(back, reverse)
+            yield compose_voxels(from_middle, to_middle)
 
     def _half_way(self, fixed: torch.Tensor, moving: torch.Tensor, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Displacements half the way to the moving image, and as far the other way, found at half the resolution if `halved`."""
         both, shape = torch.cat([fixed, moving]), fixed.shape[2:]
         if halved:
-            both = AVERAGE_POOL[self.ndim](both, 2, ceil_mode=True)
+            both = average_pool(both, 2)
         rate = self.network(*both.chunk(2)) / 2
         ways = self._followed(torch.cat([rate, -rate]), both.shape[2:])
         there, back = (doubled_field(ways, shape) if halved else ways).chunk(2)

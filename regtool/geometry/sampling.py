@@ -45,9 +45,8 @@ def warp_voxels(image: torch.Tensor, displacement: torch.Tensor, outside: float 
     outside: the value beyond the image; None continues the border outwards.
     """
     shape = image.shape[2:]
-    size = torch.as_tensor(shape[::-1], dtype=displacement.dtype, device=displacement.device)
     moved = displacement.movedim(1, -1)
-    points = torch.addcmul(_normalised(identity(shape, displacement), shape), moved, 2 / (size - 1).clamp(min=1))
+    points = torch.addcmul(_normalised(identity(shape, displacement), shape), moved, _voxel(shape, displacement))
     values = F.grid_sample(image, points, mode="bilinear", padding_mode="border", align_corners=True)
     if outside is None:
         return values
@@ -194,8 +193,13 @@ def _apply_affine(affine: Affine, x: torch.Tensor) -> torch.Tensor:
 
 def _normalised(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Voxel indices to [-1, 1] with voxel centres at the ends; an axis of one voxel has only its centre."""
-    size = torch.as_tensor(list(reversed(shape)), dtype=index.dtype, device=index.device)
-    return index * (2 / (size - 1).clamp(min=1)) - 1
+    return index * _voxel(shape, index) - 1
+
+
+def _voxel(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """(D,) what a voxel is in normalised coordinates, x first."""
+    size = torch.as_tensor(list(reversed(shape)), dtype=like.dtype, device=like.device)
+    return 2 / (size - 1).clamp(min=1)
 
 
 def _flat(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

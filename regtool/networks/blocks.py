@@ -129,8 +129,8 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 
 def average_pool(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Means over blocks of `size` voxels along each axis: (N, C, *shape) to (N, C, *shape / size)."""
-    return AVERAGE_POOL[x.dim() - 2](x, size) if size > 1 else x
+    """Means over blocks of `size` voxels along each axis, the last block of what is left: (N, C, *shape) to (N, C, *ceil(shape / size))."""
+    return AVERAGE_POOL[x.dim() - 2](x, size, ceil_mode=True) if size > 1 else x
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:

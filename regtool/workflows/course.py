@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -160,9 +159,9 @@ class Course:
     def _roughly(self) -> Transform:
         """The transform so far, and after it what `pyramid` finds: where folds of one brain lie on those of another, nothing tells the modality."""
         grid, network = network_grid(self.grid, GridParameters(), ROUGH_VOXELS), _rough_network(self.grid.ndim).to(self.setup.device)
-        looks = network.looks(self.tensor(self.greys[0], stay(grid.ndim), grid), self.tensor(self.greys[1], self.transform, grid))
+        looks = network.looks(self.tensor(self.greys[0], stay(grid.ndim), grid), self.tensor(self.greys[1], self.transform, grid), LOOKS)
         with torch.inference_mode():
-            *_, u = itertools.islice(looks, LOOKS)
+            *_, u = looks
         return Transform((DisplacementField.from_voxels(u.cpu(), grid),)).then(self.transform)
 
     def offer(

@@ -153,8 +153,7 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
     lower = setup.parameters.run.precision == "bf16" and not setup.learns
     field: DisplacementField | None = None
     turns = 1 if setup.learns else setup.parameters.run.passes
-    # a single look is what a network learned, the first of several need not be
-    looks = engine.looks(batch.fixed, batch.moving) if turns > 1 else (engine.displacement(*x).float() for x in [(batch.fixed, batch.moving)])
+    looks = engine.looks(batch.fixed, batch.moving, turns)
     for turn in range(turns):
         with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
             u = next(looks)
