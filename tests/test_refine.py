@@ -131,6 +131,28 @@ def test_what_is_trusted_of_a_start_is_no_roughness(ndim: int) -> None:
     assert float(bent.std(dim=tuple(range(2, ndim + 2))).max()) < 0.1 * float(start.std())
 
 
+def test_a_start_is_refined_at_all_levels_with_half_the_steps(ndim: int) -> None:
+    fixed, start = textured(ndim), smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None]
+    pair, totals = Batch(fixed, warp_voxels(fixed, start)), []
+    for begin in (None, start):
+        refine(pair, begin, Refine(levels=2, iterations=7), Similarity(), progress=lambda _, __, total, ___: totals.append(total))
+    assert set(totals) == {2 * 7, 2 * 4}
+
+
+def test_a_level_ends_once_its_best_has_not_improved_for_a_tenth_of_its_steps(ndim: int) -> None:
+    """One step that goes astray, or a linear model that promised too much, is no end: the rule is told step by step in a naive loop."""
+    fixed = textured(ndim)
+    pair = Batch(fixed, warp_voxels(fixed, smooth_field(Grid.regular(SHAPE[:ndim]), 1.0, 4).data[None]))
+    losses = list(refine(pair, None, Refine(levels=1, iterations=200, step_voxels=0.5), Similarity()).losses)
+    assert 41 <= len(losses) < 200
+    gains = []
+    for step in range(41, len(losses) + 1):
+        done = losses[:step]
+        gains.append(min(done[:-20]) - min(done[-20:]))
+    assert all(gain >= 1e-4 for gain in gains[:-1])
+    assert gains[-1] < 1e-4
+
+
 def test_levels_halve_and_stop(ndim: int) -> None:
     assert _levels((96, 80, 64)[:ndim], 3)[0] == (24, 20, 16)[:ndim]
     assert _levels((96, 80, 64)[:ndim], 3)[-1] == (96, 80, 64)[:ndim]

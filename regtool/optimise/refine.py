@@ -22,14 +22,15 @@ from regtool.deformation.smooth import spread, spread_shape
 from regtool.geometry.fields import exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
-from regtool.geometry.sampling import resample, resize_voxels, warp_voxels
-from regtool.losses import RAISED, SIMILARITIES, Similarities, similarity
+from regtool.geometry.sampling import linearised, resample, resize_voxels, warp_voxels
+from regtool.losses import RAISED, similarity
 from regtool.losses.regularity import diffusion
 from regtool.losses.supervision import landmark_distance, soft_dice
 from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
+STRAIGHT = 2  # steps for which the warped image is taken to change linearly with the displacement; with 3 `ngf` ends too early, supple fields too far
 
 
 class Stiffness(NamedTuple):
@@ -74,7 +75,7 @@ def refine(
     a field, others one as STIFFNESS says.
 
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
-    a start only the two finest levels are visited, with half the steps: what is coarse has been found. spacing: of the grid, x first, so that
+    a start half as many steps are taken: most of the way is behind it. spacing: of the grid, x first, so that
     roughness is that of millimetres over millimetres; left out: all alike.
 
     With `parameters.symmetric` a stationary velocity v is moved instead (from zero: no start), exp(v) takes the moving image to the fixed one and
@@ -82,7 +83,7 @@ def refine(
     and nothing folds.
     """
     size = tuple(pair.fixed.shape[2:])
-    levels = _levels(size, parameters.levels if start is None else min(2, parameters.levels))
+    levels = _levels(size, parameters.levels)
     iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
     finest = measure.model_copy(update={"name": parameters.finest or FINEST.get((measure.name, len(size)), measure.name)})
     free = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
@@ -97,7 +98,8 @@ def refine(
             progress("refining", len(losses), total, loss)
 
     def lncc(images: Batch, u: torch.Tensor) -> float:
-        return float(_similarity(images, u, finest, SIMILARITIES))
+        view = _view(images, u)
+        return float(similarity(images.fixed, view.warped(u), finest, view.weight))
 
     for shape in levels:
         here = _at(pair, shape)
@@ -146,12 +148,18 @@ def _lowered(
     for step in range(iterations):
         u = spread(raw, size, times)
         rough = diffusion(u if expected is None else u - expected, relative)
-        loss = own.diffusion * rough + _both_ways(pair, u, parameters, measure)
+        if parameters.symmetric:
+            apart = _both_ways(pair, u, parameters, measure)
+        else:
+            if step % STRAIGHT == 0:
+                view = _view(pair, u, straight=True)
+            apart = _objective(pair, u, view, parameters, measure)
+        loss = own.diffusion * rough + apart
         (gradient,) = torch.autograd.grad(loss, raw)
         optimiser.step(gradient)
         losses.append(float(loss.detach()))
         told(losses[-1])
-        if step >= 2 * patience and losses[-1 - patience] - losses[-1] < FLAT:
+        if step >= 2 * patience and min(losses[:-patience]) - min(losses[-patience:]) < FLAT:
             break
     fell = bool(losses) and losses[0] - losses[-1] > FLAT  # Adam takes whole steps even where nothing is left to gain
     return spread(raw.detach(), size, times) if fell else start
@@ -179,26 +187,32 @@ def stiffness(parameters: Refine, own: Stiffness) -> Stiffness:
     return own._replace(**{name: value for name, value in asked.items() if value is not None})
 
 
-def _both_ways(pair: Batch, field: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
-    """What is lowered beside roughness: of the displacement `field` there, or, symmetric, of the velocity `field` there and back."""
-    if not parameters.symmetric:
-        return _objective(pair, field, parameters, measure)
-    there, back = exponential(torch.cat([field, -field]), SQUARINGS).chunk(2)
-    return (_objective(pair, there, parameters, measure) + _objective(pair.swapped(), back, parameters, measure)) / 2
+class View(NamedTuple):
+    """The moving image at a displacement and near it: `warped` takes one to (N, C, *shape); weight: where the masks count there."""
+
+    warped: Callable[[torch.Tensor], torch.Tensor]
+    weight: torch.Tensor | None
 
 
-def _similarity(pair: Batch, u: torch.Tensor, measure: Measure, among: Similarities) -> torch.Tensor:
-    """Of the fixed and the warped image, where the masks count."""
+def _view(pair: Batch, u: torch.Tensor, straight: bool = False) -> View:
+    """straight: what is near `u` is taken to be a linear function of the displacement."""
     weight = pair.fixed_mask
     if pair.moving_mask is not None:
         carried = warp_voxels(pair.moving_mask, u.detach())
         weight = carried if weight is None else weight * carried
-    return similarity(pair.fixed, warp_voxels(pair.moving, u), measure, weight, among)
+    return View(linearised(pair.moving, u) if straight else functools.partial(warp_voxels, pair.moving), weight)
 
 
-def _objective(pair: Batch, u: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
+def _both_ways(pair: Batch, velocity: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
+    """What is lowered beside roughness by a velocity: the mean of there and back."""
+    ways = zip((pair, pair.swapped()), exponential(torch.cat([velocity, -velocity]), SQUARINGS).chunk(2), strict=True)
+    there, back = (_objective(images, u, _view(images, u), parameters, measure) for images, u in ways)
+    return (there + back) / 2
+
+
+def _objective(pair: Batch, u: torch.Tensor, view: View, parameters: Refine, measure: Measure) -> torch.Tensor:
     """Minus the similarity, and what labels and landmarks say."""
-    loss = -_similarity(pair, u, measure, RAISED)
+    loss = -similarity(pair.fixed, view.warped(u), measure, view.weight, RAISED)
     if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
         loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
     if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:

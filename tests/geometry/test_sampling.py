@@ -10,7 +10,7 @@ import torch
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, DisplacementField, Image, Labels, Transform, chained
-from regtool.geometry.sampling import displacement_on, resample, resize_voxels, transform_points, warp, warp_labels, warp_voxels
+from regtool.geometry.sampling import displacement_on, linearised, resample, resize_voxels, transform_points, warp, warp_labels, warp_voxels
 from tests.conftest import random_grid, random_image, sitk_field, smooth_field, to_sitk
 
 SEEDS = [0, 1, 2]
@@ -159,3 +159,24 @@ def test_on_the_meta_device_there_are_shapes_alone(ndim: int) -> None:
     ):
         assert outline.is_meta
         assert (outline.shape, outline.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_linearised_is_the_warp_and_its_slope(ndim: int, channels: int) -> None:
+    """At the displacement itself value and gradient of the warp, near it off by the square of the step (for as long as no voxel is left)."""
+    shape = (14, 12, 10)[:ndim]
+    generator = torch.Generator().manual_seed(3)
+    image = torch.rand(1, channels, *shape, generator=generator, dtype=torch.float64)
+    u = 0.3 + 0.2 * torch.rand(
+        1, ndim, *shape, generator=generator, dtype=torch.float64
+    )  # voxels: at least 0.3 from every kink but beyond the border
+    near = linearised(image, u)
+    assert torch.equal(near(u), warp_voxels(image, u))
+    v = u.clone().requires_grad_()
+    weight = torch.rand(image.shape, generator=generator, dtype=torch.float64)
+    ours, exact = (torch.autograd.grad((weight * f(v)).sum(), v)[0] for f in (near, lambda x: warp_voxels(image, x)))
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    step = torch.rand(u.shape, generator=generator, dtype=torch.float64) - 0.5
+    off = [float((near(u + h * step) - warp_voxels(image, u + h * step)).abs().max()) for h in (0.1, 0.05)]
+    assert off[1] < 0.3 * off[0] < 0.02
+    assert not near(u).requires_grad
