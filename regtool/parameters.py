@@ -237,9 +237,13 @@ class Refine(Section):
     """Optimising the displacement of the pair itself, after the network or instead of it."""
 
     iterations: int = Field(60, ge=0, description="steps at each level at most, half as many after a network; 0 leaves refining out")
-    levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next")
+    levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; two thirds of the steps at the finest")
     max_voxels: int = Field(1_300_000, ge=64, description="of the finest level, where the fixed image shows something")
-    step_voxels: float | None = Field(None, gt=0, description="learning rate of Adam, in voxels of the level; left out: 0.5 for ngf, 0.25 for others")
+    step_voxels: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of Adam, in voxels of the level, at first 1.5 times as much, at last 0.45; left out: 0.4 for ngf, 0.25 for others",
+    )
     finest: Alike | None = Field(
         None, description="similarity that the finest level raises; left out: ngf where [measure] is mi in 3-D, else that of [measure]"
     )

@@ -111,6 +111,13 @@ def test_light_modules_stay_light(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_matplotlib_waits_for_a_page() -> None:
+    """`register --no-qc` and a pair of images in memory need none: a quarter of a second."""
+    code = "import sys, regtool.workflows.register; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_files_are_short_and_documented(file: Path) -> None:
     lines = file.read_text(encoding="utf-8").splitlines()

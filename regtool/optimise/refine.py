@@ -30,6 +30,8 @@ from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
+STEPS = (1.5, 0.45)  # times `step_voxels`: at first, and at the end of a level, where small steps settle what large ones have found
+LAST = 2 / 3  # of the iterations are enough at the finest level, unless another similarity takes over there
 STRAIGHT = 2  # steps for which the warped image is taken to change linearly with the displacement; with 3 `ngf` ends too early, supple fields too far
 
 
@@ -41,7 +43,7 @@ class Stiffness(NamedTuple):
     step_voxels: float = 0.25
 
 
-STIFFNESS = {"mi": Stiffness(1.0, 40), "ngf": Stiffness(0.1, 40, 0.5), "lncc": Stiffness(1.5, 2)}  # by similarity
+STIFFNESS = {"mi": Stiffness(1.0, 40), "ngf": Stiffness(0.1, 40, 0.4), "lncc": Stiffness(1.5, 2)}  # by similarity
 SUPPLE = Stiffness(0.5, 2)  # of the others
 STIFF = Stiffness(0.3, 20)  # of lncc, where so stiff a field explains the images, or as much of them as any would
 EXPLAINED = 0.85  # lncc from which it does, at the level before the finest
@@ -89,8 +91,9 @@ def refine(
     free = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
     asked = levels[-2] if free and measure.name == finest.name == "lncc" and len(levels) > 1 and math.prod(size) >= ROOM ** len(size) else None
     settled: Stiffness | None = None
+    last = math.ceil(LAST * iterations) if measure.name == finest.name else iterations
     trusted = TRUSTED.get((measure.name, len(size)), 0.0) if start is not None else 0.0
-    displacement, losses, total = start, [], iterations * (len(levels) + (asked is not None))
+    displacement, losses, total = start, [], iterations * (len(levels) - 1 + (asked is not None)) + last
 
     def told(loss: float) -> None:
         losses.append(loss)
@@ -107,7 +110,8 @@ def refine(
         begin = _at_scale(displacement, shape, pair.fixed)
         expected = trusted * _at_scale(start, shape, pair.fixed) if trusted else None
         steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
-        lowered = functools.partial(_lowered, here, begin, expected, parameters, measure=likeness, spacing=steps, iterations=iterations, told=told)
+        most = last if shape == size else iterations
+        lowered = functools.partial(_lowered, here, begin, expected, parameters, measure=likeness, spacing=steps, iterations=most, told=told)
         own = settled or stiffness(parameters, STIFFNESS.get(likeness.name, SUPPLE))
         if shape == asked:
             settled = stiffness(parameters, STIFF)
@@ -156,6 +160,7 @@ def _lowered(
             apart = _objective(pair, u, view, parameters, measure)
         loss = own.diffusion * rough + apart
         (gradient,) = torch.autograd.grad(loss, raw)
+        optimiser.rate = own.step_voxels * (STEPS[0] + (STEPS[1] - STEPS[0]) * step / iterations)
         optimiser.step(gradient)
         losses.append(float(loss.detach()))
         told(losses[-1])

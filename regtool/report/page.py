@@ -17,11 +17,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from regtool.report.content import Frame, LandmarkErrors, PageContent
+from regtool.report.content import LandmarkErrors, PageContent
 from regtool.report.figures import qc_png
 from regtool.report.volumes import viewer
 
-__all__ = ["Frame", "LandmarkErrors", "PageContent", "qc_html", "qc_png"]
+__all__ = ["qc_html", "qc_png"]
 
 TEMPLATE = Path(__file__).parent / "template"
 VERDICTS = {"ok": ("good", "Passed"), "qc_failed": ("bad", "Quality control failed"), "failed": ("bad", "The run failed")}

@@ -19,7 +19,7 @@ from regtool.geometry.image import Image, Transform
 from regtool.geometry.sampling import warp
 from regtool.io.cohort import FAILED
 from regtool.io.files import staged_folder, strict_json, write_text
-from regtool.report.page import Frame, PageContent
+from regtool.report.content import Frame, PageContent
 from regtool.workflows.outcome import described, page_title, seconds_of, write_page
 from regtool.workflows.resolve import Resolved
 from regtool.workflows.runtime import Clock, peak_memory_mb, versions

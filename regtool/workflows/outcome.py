@@ -17,8 +17,7 @@ from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
 from regtool.metrics.summary import LABEL_INTERPOLATION, guide_scores
 from regtool.parameters import Quality, dump
-from regtool.report.page import Frame, LandmarkErrors, PageContent, qc_html, qc_png
-from regtool.report.volumes import display_grid
+from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.workflows.course import Guides
 from regtool.workflows.pair import Registered
 from regtool.workflows.resolve import Resolved
@@ -174,6 +173,8 @@ def _write_page(outcome: Outcome, report: dict[str, Any], checks: list[Threshold
 
 def write_page(content: PageContent, folder: Path) -> None:
     """qc.png and qc.html into an existing folder."""
+    from regtool.report.page import qc_html, qc_png  # a quarter of a second, with matplotlib
+
     with explained(folder):
         (folder / "qc.png").write_bytes(qc_png(content))
         (folder / "qc.html").write_text(qc_html(content), encoding="utf-8")
@@ -181,6 +182,8 @@ def write_page(content: PageContent, folder: Path) -> None:
 
 def _contours(outcome: Outcome) -> tuple[Labels, Labels, Labels] | None:
     """Of the fixed image, and of the moving one before and after."""
+    from regtool.report.volumes import display_grid
+
     if outcome.guides.labels is None or outcome.evaluation.warped_labels is None:
         return None
     fixed, moving = outcome.guides.labels

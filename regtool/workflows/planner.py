@@ -29,7 +29,7 @@ ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
-FIELD = 10  # volumes a component of the field, while it is refined: itself, gradients, Adam's moments, the smoothed one, the points it leads to
+FIELD = 12  # volumes a component of the field, while it is refined: itself, gradients, Adam's moments, the smoothed one, points, slopes there
 MEASURES = {"lncc": 18, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, as RAISED
 
 

@@ -15,7 +15,8 @@ import torch
 
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Labels
-from regtool.report.page import Frame, LandmarkErrors, PageContent, qc_html
+from regtool.report.content import Frame, LandmarkErrors, PageContent
+from regtool.report.page import qc_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -19,8 +19,9 @@ from regtool.errors import GeometryError
 from regtool.geometry.fields import jacobian_determinant
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Labels
+from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.figures import anatomy, planes, window
-from regtool.report.page import Frame, LandmarkErrors, PageContent, number, qc_html, qc_png
+from regtool.report.page import number, qc_html, qc_png
 from regtool.report.volumes import FRAMES, display_grid, sheet, shrunk
 from tests.conftest import random_grid, random_image, smooth_field
 
