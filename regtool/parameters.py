@@ -237,7 +237,7 @@ class Refine(Section):
     """Optimising the displacement of the pair itself, after the network or instead of it."""
 
     iterations: int = Field(60, ge=0, description="steps at each level at most, half as many after a network; 0 leaves refining out")
-    levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; two thirds of the steps at the finest")
+    levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; five sixths of the steps at the finest")
     max_voxels: int = Field(1_300_000, ge=64, description="of the finest level, where the fixed image shows something")
     step_voxels: float | None = Field(
         None,

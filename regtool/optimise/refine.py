@@ -31,7 +31,7 @@ from regtool.parameters import Measure, Refine
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
 FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
 STEPS = (1.5, 0.45)  # times `step_voxels`: at first, and at the end of a level, where small steps settle what large ones have found
-LAST = 2 / 3  # of the iterations are enough at the finest level, unless another similarity takes over there
+LAST = 5 / 6  # of the iterations are enough at the finest level, unless another similarity takes over there
 STRAIGHT = 2  # steps for which the warped image is taken to change linearly with the displacement; with 3 `ngf` ends too early, supple fields too far
 
 
