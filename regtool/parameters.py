@@ -256,7 +256,7 @@ class Refine(Section):
     smoothings: int | None = Field(
         None,
         ge=0,
-        description="averages of the field over three voxels along each axis before it warps; left out: 20 for mi, 40 for ngf, 2 for others, and "
+        description="averages of the field over three voxels along each axis before it warps; left out: 40 for mi and ngf, 2 for others, and "
         "20 for lncc where so stiff a field explains the images",
     )
     symmetric: bool = Field(

@@ -77,8 +77,8 @@ def refine(
     a field, others one as STIFFNESS says.
 
     pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
-    a start half as many steps are taken: most of the way is behind it. spacing: of the grid, x first, so that
-    roughness is that of millimetres over millimetres; left out: all alike.
+    a start half as many steps are taken: most of the way is behind it. spacing: of the grid, x first, so that roughness is that of millimetres over
+    millimetres; left out: all alike.
 
     With `parameters.symmetric` a stationary velocity v is moved instead (from zero: no start), exp(v) takes the moving image to the fixed one and
     exp(-v) the fixed image to the moving one, and the mean of both similarities is raised (Avants 2008): the pair exchanged gives the inverse,
