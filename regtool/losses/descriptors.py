@@ -86,7 +86,8 @@ class _Patches:
             distances = self.distances(z)
             variance = (distances - distances.amin(dim=0)).mean(dim=0)
             weight = (part[:, z] if part.dim() else part).expand_as(variance).flatten(1)
-            total, count = total + (variance.flatten(1) * weight).sum(1), count + weight.sum(1)
+            total = total + (variance.flatten(1) * weight).sum(1, dtype=total.dtype)
+            count = count + weight.sum(1, dtype=count.dtype)
         mean = (total / count.clamp(min=ROUNDING)).to(self.padded.dtype).reshape(-1, *[1] * len(self.shape))
         return (mean * BOUNDS[0]).clamp(min=ROUNDING), (mean * BOUNDS[1]).clamp(min=ROUNDING)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from regtool.losses.means import at_least_float32, share, share_of_each
+from regtool.losses.means import at_least_float32, share, share_of_each, total
 from regtool.losses.window import window_sum
 
 FAINTEST = 1e-5  # gradient, an intensity a voxel, below which nothing is an edge
@@ -26,7 +26,7 @@ def ngf(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None =
     part = share_of_each(fixed, weight)
     squares = [square + _edge(square.detach(), part) ** 2 for square in ((f * f).sum(0), (w * w).sum(0))]
     agreement = (f * w).sum(0) ** 2 / (squares[0] * squares[1])
-    return (agreement * share(fixed, weight)).sum()
+    return total(agreement * share(fixed, weight))
 
 
 def lg(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None, window: int = 7) -> torch.Tensor:
@@ -41,7 +41,7 @@ def lg(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = 
     f, w = (window_sum(_backward(x), window, axes) for x in (fixed, warped))
     lengths = ((f * f).sum(0) + LG_EPSILON).sqrt() * ((w * w).sum(0) + LG_EPSILON).sqrt()
     agreement = (f * w).sum(0).abs() / lengths
-    return (agreement * share(agreement, None if weight is None else _inner(weight))).sum()
+    return total(agreement * share(agreement, None if weight is None else _inner(weight)))
 
 
 def _central(x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def _central(x: torch.Tensor) -> torch.Tensor:
 
 def _edge(squares: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """(N, C, 1, ..., 1) mean length of gradients, from the squares of their lengths (N, C, *shape)."""
-    return (squares.sqrt() * part).sum(dim=tuple(range(2, squares.dim())), keepdim=True).clamp(min=FAINTEST)
+    return total(squares.sqrt() * part, range(2, squares.dim()), keepdim=True).clamp(min=FAINTEST)
 
 
 def _backward(x: torch.Tensor) -> torch.Tensor:

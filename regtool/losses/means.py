@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """The same in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def total(x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    """The sum over the axes `dim`, or all of them, accumulated as by `accumulator` and rounded once, so that no number of threads changes it."""
+    return x.sum(dim=None if dim is None else tuple(dim), keepdim=keepdim, dtype=accumulator(x).dtype).to(x.dtype)
 
 
 def accumulator(x: torch.Tensor) -> torch.Tensor:

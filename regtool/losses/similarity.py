@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from regtool.losses.means import accumulator, at_least_float32, share, share_of_each
+from regtool.losses.means import accumulator, at_least_float32, share, share_of_each, total
 from regtool.losses.window import chunks, window_count, window_sum
 
 MATCH = 0.95  # share of a window's variance that the best match explains: what bounds the information of a window
@@ -37,17 +37,17 @@ def ncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None =
     fixed, warped = at_least_float32(fixed), at_least_float32(warped)
     axes = tuple(range(2, fixed.dim()))
     part = share_of_each(fixed, weight).expand_as(fixed)
-    a = fixed - (part * fixed).sum(dim=axes, keepdim=True)
-    b = warped - (part * warped).sum(dim=axes, keepdim=True)
-    covariance = (part * a * b).sum(dim=axes)
-    variances = (part * a * a).sum(dim=axes) * (part * b * b).sum(dim=axes)
+    # no gradient goes through the means: correlation does not see them, and what rounding would leave depends on the number of threads
+    a, b = (image - total(part * image.detach(), axes, keepdim=True) for image in (fixed, warped))
+    covariance = total(part * a * b, axes)
+    variances = total(part * a * a, axes) * total(part * b * b, axes)
     return (covariance / (variances + EPSILON**2).sqrt()).mean()
 
 
 def mse(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Minus the mean squared difference, at most 0."""
     difference = (at_least_float32(fixed) - at_least_float32(warped)) ** 2
-    return -(difference.mean() if weight is None else (difference * share(difference, weight)).sum())
+    return -total(difference * share(difference, weight))
 
 
 class _Lncc(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _Lncc(torch.autograd.Function):
         shape = fixed.shape
         a, b = (x.detach().reshape(-1, *shape[2:]) for x in (fixed, warped))
         share = share.detach().expand(shape).reshape(a.shape) if share.dim() else share.detach()
-        centres = [x.flatten(1).mean(dim=1).reshape(-1, *[1] * (x.dim() - 1)) for x in (a, b)]
+        centres = [total(x, range(1, x.dim()), keepdim=True) / x[0].numel() for x in (a, b)]
         sums = _first_pass(a, b, centres, window)
         value, sums = _second_pass(sums, share, [_floor(x, c) for x, c in zip((a, b), centres, strict=True)], window, wanted, information)
         gradients = _third_pass(a, b, centres, sums, window, wanted)
