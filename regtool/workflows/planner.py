@@ -29,7 +29,7 @@ ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
-FIELD = 12  # volumes a component of the field, while it is refined: itself, gradients, Adam's moments, the smoothed one, points, slopes there
+FIELD = 11  # volumes a component of the field, while it is refined: itself, gradients, Adam's moments, the smoothed one, the points it leads to
 MEASURES = {"lncc": 18, "mi": 9, "mind": 22, "ngf": 30, "lg": 35, "ncc": 11, "mse": 9}  # volumes of the finest level, with the gradient, as RAISED
 
 
@@ -211,7 +211,8 @@ def _too_little(limit: int, need: int) -> OutOfMemory:
 def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
     asked = ("lncc", "mi") if parameters.measure.name == "auto" else (parameters.measure.name,)  # what it may become
     most = max(MEASURES[parameters.refine.finest or FINEST.get((name, grid.ndim), name)] for name in asked)
-    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + most * channels)
+    slopes = grid.ndim * channels  # of the warped image
+    return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + slopes + most * channels)
 
 
 def _warping(ndim: int, parameters: Parameters, channels: int) -> int:

@@ -167,9 +167,8 @@ def test_linearised_is_the_warp_and_its_slope(ndim: int, channels: int) -> None:
     shape = (14, 12, 10)[:ndim]
     generator = torch.Generator().manual_seed(3)
     image = torch.rand(1, channels, *shape, generator=generator, dtype=torch.float64)
-    u = 0.3 + 0.2 * torch.rand(
-        1, ndim, *shape, generator=generator, dtype=torch.float64
-    )  # voxels: at least 0.3 from every kink but beyond the border
+    # at least 0.3 voxel from every kink, but beyond the border
+    u = 0.3 + 0.2 * torch.rand(1, ndim, *shape, generator=generator, dtype=torch.float64)
     near = linearised(image, u)
     assert torch.equal(near(u), warp_voxels(image, u))
     v = u.clone().requires_grad_()
