@@ -67,6 +67,9 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     parameters = Parameters.model_validate(card["parameters"])
     ndim, name = card["dimension"], f"{card['method']}_{card['dimension']}d"
     parameters = parameters.model_copy(update={"grid": parameters.grid.model_copy(update={"max_voxels": MAX_VOXELS[ndim]})})
+    recipe = Path(__file__).parents[1] / "parameter_files" / f"{card['method']}_synthetic_{ndim}d.toml"
+    newer = read_parameters(recipe).engine  # has settings that came after the training
+    parameters = parameters.model_copy(update={"engine": {**newer, **parameters.engine}})
     synthesis = parameters.synthesis
     reach = round(100 * (2 * synthesis.amplitude + synthesis.translation))
     size = " x ".join(map(str, synthesis.size))
@@ -74,7 +77,6 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
         f"learned from made-up shapes of {size} voxels that move by up to about {reach} % of the image, aligned to some degrees; sees at most "
         f"{MAX_VOXELS[ndim]} voxels of an image: larger motion is for the alignment, finer detail for refining"
     )
-    recipe = Path(__file__).parents[1] / "parameter_files" / f"{card['method']}_synthetic_{ndim}d.toml"
     command = f"regtool train --synthetic -p parameter_files/{recipe.name}"
     if "parent" in card["training"]:  # it went on from other weights, not quite as the file says
         command += f" --set run.model={card['training']['parent']['name']} --set run.seed={parameters.run.seed}"

@@ -81,7 +81,7 @@ def test_exchanging_the_images_changes_the_sign_of_the_velocity(ndim: int) -> No
     assert float((there + back).abs().max()) < 1e-5 * float(there.abs().max())
 
 
-@pytest.mark.parametrize(("looks", "settings"), [(0, ()), (1, ()), (3, ()), (2, ("engine.halve_from=1920",))])
+@pytest.mark.parametrize(("looks", "settings"), [(0, ()), (1, ()), (3, ()), (2, ("engine.halve_from=1920",)), (2, ("engine.turned=true",))])
 def test_the_other_way_round_is_the_inverse(ndim: int, looks: int, settings: tuple[str, ...]) -> None:
     """By scipy: x + u(x), then from there, is x again."""
     engine, (fixed, moving) = made(ndim, *settings, stir=0.3), pair((48, 40, 32)[:ndim])
@@ -127,6 +127,37 @@ def test_the_first_look_at_a_large_image_is_at_half_its_resolution(ndim: int) ->
     engine.network.forward = lambda f, _: (shift / 4).expand(1, -1, *[-(-n // 2) for n in f.shape[2:]])  # type: ignore[method-assign]
     u = next(engine.looks(*pair(size), 2))
     assert torch.allclose(u, shift.expand_as(u), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 20), (17, 12, 15), (1, 18, 9), (18, 1, 7)])
+def test_turned_looks_see_the_pair_from_both_ends(ndim: int, shape: tuple[int, ...]) -> None:
+    """Point-reflecting the images point-reflects the field; the mean of the network's own two answers, voxel by voxel."""
+    shape = shape[:ndim]
+    engine, (fixed, moving) = made(ndim, "engine.turned=true", stir=0.3), pair(shape)
+    axes = list(range(2, 2 + ndim))
+    with torch.inference_mode():
+        rate = engine._rate(fixed, moving)
+        assert rate.shape == (1, ndim, *[-(-n // 2) for n in shape])
+        assert all(float(rate[:, k].abs().max()) == 0 for k, n in enumerate(reversed(shape)) if n == 1)
+        if not any(n % 2 for n in shape):
+            ends = [engine.network(fixed, moving), engine.network(fixed.flip(axes), moving.flip(axes))]
+            for index in np.ndindex(*[n // 2 for n in shape]):
+                opposite = tuple(n // 2 - 1 - i for i, n in zip(index, shape, strict=True))
+                mean = (ends[0][(0, slice(None), *index)] - ends[1][(0, slice(None), *opposite)]) / 2
+                assert torch.allclose(rate[(0, slice(None), *index)], mean)
+            turned = [list(engine.looks(*images, 3))[-1] for images in ((fixed, moving), (fixed.flip(axes), moving.flip(axes)))]
+            assert torch.allclose(turned[1], -turned[0].flip(axes), atol=1e-4)
+        else:  # away from the far border, where the last voxel is repeated, odd or even is the same
+            assert torch.allclose(rate, -engine._rate(*(grown(x).flip(axes) for x in (fixed, moving))).flip(axes), atol=1e-5)
+        assert float(engine._rate(fixed, fixed).abs().max()) == 0
+
+
+def grown(x: torch.Tensor) -> torch.Tensor:
+    """Odd axes by one voxel, a copy of the last; an axis of one voxel stays."""
+    for axis, n in enumerate(x.shape[2:], start=2):
+        if n > 1 and n % 2:
+            x = torch.cat([x, x.narrow(axis, n - 1, 1)], dim=axis)
+    return x
 
 
 def test_nothing_folds(ndim: int) -> None:

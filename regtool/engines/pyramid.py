@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from regtool.deformation.velocity import velocity
@@ -42,6 +43,9 @@ class Parameters(Section):
         description="an image of at least so many voxels is seen at half its resolution by the first of several looks, which finds larger motion so; "
         "four times the voxels it learned from, say; 0: never",
     )
+    turned: bool = Field(
+        False, description="each of several looks also sees the pair point-reflected and takes the mean of both: more accurate, twice as long"
+    )
 
     @model_validator(mode="after")
     def _as_many(self) -> Self:
@@ -57,6 +61,7 @@ class Pyramid(Engine):
         super().__init__(settings, parameters, ndim=ndim, channels=channels)
         self.network = Network(ndim, channels, settings.channels, settings.hidden)
         self.integration_steps, self.halve_from = settings.integration_steps, settings.halve_from or math.inf
+        self.turned = settings.turned
 
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """(N, C, *shape) twice to (N, D, *shape) voxels; the other way round it is the inverse."""
@@ -82,10 +87,19 @@ class Pyramid(Engine):
         both, shape = torch.cat([fixed, moving]), fixed.shape[2:]
         if halved:
             both = average_pool(both, 2)
-        rate = self.network(*both.chunk(2)) / 2
+        rate = self._rate(*both.chunk(2)) / 2
         ways = self._followed(torch.cat([rate, -rate]), both.shape[2:])
         there, back = (doubled_field(ways, shape) if halved else ways).chunk(2)
         return there, back
+
+    def _rate(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """The network's velocity; if `turned`, the mean with that of the images point-reflected, which has the opposite sign."""
+        if not self.turned:
+            return self.network(fixed, moving)
+        axes = list(range(2, fixed.dim()))
+        odd = [n % 2 if n > 1 else 0 for n in fixed.shape[2:]]  # voxels twice as large must be the same ones from the other end
+        images = [F.pad(x, [side for more in reversed(odd) for side in (0, more)], mode="replicate") if any(odd) else x for x in (fixed, moving)]
+        return (self.network(*images) - self.network(*(x.flip(axes) for x in images)).flip(axes)) / 2
 
     def _followed(self, rate: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The network's velocity for unit time: (N, D, *shape) voxels."""
