@@ -2,8 +2,8 @@
 
     python examples/volumes_from_slices.py [dirnet_2d] START.safetensors [-p parameter_files/dirnet_synthetic_3d.toml]
 
-From fresh weights dirnet learns nothing on made-up volumes. A volume has slices along three planes: each plane gets the 2-D network's kernels, set into
-the middle of kernels that are three voxels thick, as channels of its own, three times as many in all; and each component of the displacement is the
+From fresh weights dirnet learns nothing on made-up volumes. A volume has slices along three planes: each plane gets the 2-D network's kernels, set
+into the middle of kernels that are three voxels thick, as channels of its own, three times as many in all; and each component of the displacement is the
 mean of those of the two planes in which it lies (kernels inflated after Carreira 2017). What the planes have to tell each other is left to training.
 """
 
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from regtool.engines import build, citation_of, read_parameters
 from regtool.engines._model import load_model
-from regtool.errors import ParameterError
 from regtool.io.models import find_model, read_card, write_model
 
 PLANES = tuple(combinations(range(3), 2))  # axes of the array, slowest first
@@ -70,14 +69,14 @@ def main() -> None:
     source = find_model(options.model)
     card = read_card(source)
     parameters = read_parameters(options.parameters)
+    if (card["method"], card["dimension"], parameters.method) != ("dirnet", 2, "dirnet"):
+        parser.error("expected 2-D weights of dirnet, and a parameter file for it")
     engine = build(parameters, 3)
     tensors = inflated({name: x.float() for name, x in load_model(source, 2)[0].state_dict().items()}, "network.head")
     try:
         engine.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ParameterError(
-            f"{source} and {options.parameters} are not of the same network: {error}", tip="engine.kernels: three times as many as in 2-D"
-        ) from error
+        parser.error(f"{source} and {options.parameters} are not of the same network (engine.kernels: three times as many as in 2-D): {error}")
     write_model(
         options.start,
         tensors,

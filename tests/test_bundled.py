@@ -194,8 +194,8 @@ def test_what_comes_with_this_version() -> None:
         assert card["citation"] == citation_of(card["method"])
 
 
-def bundling() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bundle_weights", Path(__file__).resolve().parents[1] / "examples" / "bundle_weights.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -208,7 +208,7 @@ def test_the_card_of_a_training_that_went_on_says_how(tmp_path: Path) -> None:
     own = read_parameters(recipe, ("train.steps=7", "synthesis.amplitude=0.3", "synthesis.size=[24,16]", "run.seed=12", "run.threads=1"))
     went_on = {"steps": 7, "device": "cpu", "parent": {"name": "before", "sha256": "0"}}
     save_model(tmp_path / "model.safetensors", build(own, 2), own, name="run", training=went_on)
-    command = bundling().card_of(tmp_path, {})["training"]["command"]
+    command = example("bundle_weights").card_of(tmp_path, {})["training"]["command"]
     assert command.split(" --set ") == [
         "regtool train --synthetic -p parameter_files/pyramid_synthetic_2d.toml",
         "run.model=before",
@@ -221,7 +221,7 @@ def test_the_card_of_a_training_that_went_on_says_how(tmp_path: Path) -> None:
 
 def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
     """A run becomes a model in half precision that says what it is, and moves things as it did; scores can be written anew."""
-    script = bundling()
+    script = example("bundle_weights")
     run, folder, results = tmp_path / "run", tmp_path / "weights", tmp_path / "results.json"
     run.mkdir()
     parameters = read_parameters(None, (*SMALL, f"synthesis.size={[24] * ndim}"))
@@ -254,3 +254,64 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.argv", ["bundle_weights.py", "--folder", str(folder)])
     with pytest.raises(SystemExit):
         script.main()
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+    example(name).main()
+
+
+def test_weights_for_slices_become_weights_for_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a volume alike along one axis, the plane across it sees what the network for slices sees; a component is the mean of its two planes."""
+    settings = ("method=dirnet", "engine.variant=c1", "engine.downsamplings=2", "engine.kernels=8", "engine.norm=group")
+    flat_parameters = read_parameters(None, settings)
+    torch.manual_seed(0)
+    flat = build(flat_parameters, 2)
+    for weights in flat.parameters():
+        torch.nn.init.normal_(weights, std=0.3)
+    save_model(tmp_path / "flat.safetensors", flat, flat_parameters, name="flat", training={})
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('method = "dirnet"\n[engine]\nvariant = "c1"\ndownsamplings = 2\nkernels = 24\nnorm = "group"\n')
+    run_example("volumes_from_slices", monkeypatch, tmp_path / "flat.safetensors", tmp_path / "start.safetensors", "-p", recipe)
+    engine, card = load_model(tmp_path / "start.safetensors", 3)
+    assert (card["name"], card["dimension"]) == ("start", 3)
+    slices = torch.rand(1, 2, 16, 12)
+    planes = [(0, 1), (0, 2), (1, 2)]
+    with torch.inference_mode():
+        expected = flat.network.features(slices)
+        for number, plane in enumerate(planes):
+            across = 3 - sum(plane)
+            seen = engine.network.features(slices.unsqueeze(2 + across).repeat_interleave(8, dim=2 + across).contiguous()).chunk(3, dim=1)[number]
+            assert torch.allclose(seen, expected.unsqueeze(2 + across).expand_as(seen), atol=1e-4)
+        features = torch.randn(1, 24, 3, 4, 5)
+        for component in range(3):
+            inside = [(k, plane) for k, plane in enumerate(planes) if 2 - component in plane]
+            assert len(inside) == 2
+            mean = torch.zeros(1, 3, 4, 5)
+            for k, (_, fast) in inside:
+                row, own = 0 if 2 - component == fast else 1, features.chunk(3, dim=1)[k]
+                mean += (torch.einsum("c,nczyx->nzyx", flat.network.head.weight[row, :, 0, 0], own) + flat.network.head.bias[row]) / 2
+            assert torch.allclose(engine.network.head(features)[:, component], mean, atol=1e-5)
+    for model in ("dirnet_2d", "unet_2d", "dirnet_3d"):
+        with pytest.raises(SystemExit):
+            run_example("volumes_from_slices", monkeypatch, model, tmp_path / "other.safetensors", "-p", recipe)
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_the_mean_of_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
+    parameters, engines = read_parameters(None, SMALL), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        engines.append(build(parameters, ndim))
+        training = {"steps": seed, "validation": {"dice": 0.9}, "validation_pairs": 5}
+        save_model(tmp_path / f"{seed}.safetensors", engines[-1], parameters, name=f"n{seed}", training=training)
+    run_example("blend_models", monkeypatch, tmp_path / "0.safetensors", tmp_path / "1.safetensors", "--share", "0.25", "-o", tmp_path / "mean")
+    mean, card = load_model(tmp_path / "mean" / "model.safetensors")
+    assert card["training"]["steps"] == 1
+    assert "0.75 of n0" in card["training"]["mean_of"]
+    assert not any(key.startswith("validation") for key in card["training"])
+    for name, x in mean.state_dict().items():
+        assert torch.allclose(x, 0.75 * engines[0].state_dict()[name] + 0.25 * engines[1].state_dict()[name])
+    for share in ("1.5", "0.5"):
+        with pytest.raises(SystemExit):
+            run_example("blend_models", monkeypatch, tmp_path / "0.safetensors", "unet_2d", "--share", share, "-o", tmp_path / "no")
