@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from regtool.data.batch import Batch, Points
 from regtool.data.preprocess import antialiased, is_there, network_grid, normalised, one_channel, to_network
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Labels, Transform
-from regtool.geometry.sampling import transform_points, warp, warp_labels
+from regtool.geometry.sampling import grown, transform_points, warp, warp_labels
 from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import Entry, Pair
 from regtool.io.points import read_points
@@ -193,14 +192,14 @@ def collate(batches: Sequence[Batch]) -> Batch:
         if not padded and all(of(b) is None for b in batches):
             return None
         found = ((of(b), b.fixed) for b in batches)
-        return torch.cat([_padded(image.new_ones(len(image), 1, *image.shape[2:]) if mask is None else mask, shape) for mask, image in found])
+        return torch.cat([grown(image.new_ones(len(image), 1, *image.shape[2:]) if mask is None else mask, shape, 0) for mask, image in found])
 
     def labels(of: Callable[[Batch], torch.Tensor | None]) -> torch.Tensor | None:
         if all(of(b) is None for b in batches):
             return None
         found = ((of(b), b.fixed) for b in batches)
         zeros = (image.new_zeros(len(image), 1, *image.shape[2:], dtype=torch.int64) if own is None else own for own, image in found)
-        return torch.cat([_padded(own, shape) for own in zeros])
+        return torch.cat([grown(own, shape, 0) for own in zeros])
 
     def points(of: Callable[[Batch], Points]) -> Points:
         return tuple(p for b in batches for p in of(b) or (None,) * len(b.fixed))
@@ -210,11 +209,11 @@ def collate(batches: Sequence[Batch]) -> Batch:
             return None
         nowhere = torch.full((), math.nan, device=batches[0].fixed.device)
         each = (nowhere.expand(len(b.fixed), len(shape), *b.fixed.shape[2:]) if b.displacement is None else b.displacement for b in batches)
-        return torch.cat([_padded(u, shape, value=math.nan) for u in each])
+        return torch.cat([grown(u, shape, math.nan) for u in each])
 
     return Batch(
-        torch.cat([_padded(b.fixed, shape, "replicate") for b in batches]),
-        torch.cat([_padded(b.moving, shape, "replicate") for b in batches]),
+        torch.cat([grown(b.fixed, shape) for b in batches]),
+        torch.cat([grown(b.moving, shape) for b in batches]),
         masks(lambda b: b.fixed_mask),
         masks(lambda b: b.moving_mask),
         labels(lambda b: b.fixed_labels),
@@ -285,9 +284,3 @@ def _small(labels: torch.Tensor) -> torch.Tensor:
     low, high = (int(v) for v in labels.aminmax())
     kind = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
     return labels.to(kind)
-
-
-def _padded(data: torch.Tensor, shape: Sequence[int], mode: str = "constant", value: float | None = None) -> torch.Tensor:
-    """(N, C, *shape), grown at the far ends."""
-    missing = [n - m for n, m in zip(shape, data.shape[2:], strict=True)]
-    return F.pad(data, [end for n in reversed(missing) for end in (0, n)], mode=mode, value=value) if any(missing) else data

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from regtool.deformation.velocity import velocity
 from regtool.engines._engine import Engine
 from regtool.geometry.fields import compose_voxels
-from regtool.geometry.sampling import warp_voxels
-from regtool.networks.blocks import average_pool, cropped
+from regtool.geometry.sampling import cropped, grown, warp_voxels
+from regtool.networks.blocks import average_pool
 from regtool.networks.pyramid import Pyramid as Network
 from regtool.networks.pyramid import doubled_field
 from regtool.parameters import Parameters as AllParameters
@@ -97,8 +96,8 @@ class Pyramid(Engine):
         if not self.turned:
             return self.network(fixed, moving)
         axes = list(range(2, fixed.dim()))
-        odd = [n % 2 if n > 1 else 0 for n in fixed.shape[2:]]  # voxels twice as large must be the same ones from the other end
-        images = [F.pad(x, [side for more in reversed(odd) for side in (0, more)], mode="replicate") if any(odd) else x for x in (fixed, moving)]
+        even = [n + n % 2 if n > 1 else 1 for n in fixed.shape[2:]]  # voxels twice as large must be the same ones from the other end
+        images = grown(fixed, even), grown(moving, even)
         return (self.network(*images) - self.network(*(x.flip(axes) for x in images)).flip(axes)) / 2
 
     def _followed(self, rate: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

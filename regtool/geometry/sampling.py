@@ -90,6 +90,21 @@ def resize_voxels(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return F.grid_sample(data, points.expand(data.shape[0], *points.shape), mode="bilinear", padding_mode="border", align_corners=True)
 
 
+def grown(data: torch.Tensor, shape: Sequence[int], value: float | None = None) -> torch.Tensor:
+    """(N, C, *smaller) to (N, C, *shape) at the far ends, by `value`; None repeats the border."""
+    missing = [n - m for n, m in zip(shape, data.shape[2:], strict=True)]
+    if not any(missing):
+        return data
+    return F.pad(data, [end for n in reversed(missing) for end in (0, n)], mode="replicate" if value is None else "constant", value=value)
+
+
+def cropped(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """(N, C, *larger) to (N, C, *shape), the near ends kept."""
+    for axis, n in enumerate(shape, start=2):
+        data = data.narrow(axis, 0, n)
+    return data
+
+
 def resample(image: Image, grid: Grid, outside: float | None = None, device: torch.device | None = None) -> Image:
     """`image` on another grid, through physical space, linear (as `sitk.Resample` with the identity). outside: default the image's minimum."""
     if image.grid.same_as(grid, tolerance=1e-6):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from regtool.geometry.sampling import cropped, grown
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {2: F.conv2d, 3: F.conv3d}
@@ -144,17 +146,7 @@ def at_multiple(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     x: (N, C, *shape), axes of a single voxel included; network: (N, C, *shape') to (N, K, *shape'). Returns (N, K, *shape).
     """
     shape = x.shape[2:]
-    missing = [-n % multiple for n in shape]
-    if any(missing):
-        x = F.pad(x, [side for n in reversed(missing) for side in (0, n)], mode="replicate")
-    return cropped(network(x), shape)
-
-
-def cropped(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """(N, C, *larger) to (N, C, *shape), the near ends kept."""
-    for axis, n in enumerate(shape, start=2):
-        x = x.narrow(axis, 0, n)
-    return x
+    return cropped(network(grown(x, [n + -n % multiple for n in shape])), shape)
 
 
 def small_head(ndim: int, inputs: int, outputs: int) -> SameConv:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from regtool.geometry.fields import exponential
-from regtool.geometry.sampling import resize_voxels, warp_voxels
-from regtool.networks.blocks import CHANNELS_LAST, CONVOLVE, SameConv, activate, channels_last, cropped, in_float32, small_head
+from regtool.geometry.sampling import cropped, grown, resize_voxels, warp_voxels
+from regtool.networks.blocks import CHANNELS_LAST, CONVOLVE, SameConv, activate, channels_last, in_float32, small_head
 
 SQUARINGS = 4  # of the half-way warps of features, which only have to be each other's mirror image
 
@@ -32,10 +32,8 @@ class HalvingConv(SameConv):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, inputs, *shape) to (N, outputs, *ceil(shape / 2))."""
-        odd = [n % 2 for n in x.shape[2:]]
-        if any(odd):
-            x = F.pad(x, [side for more in reversed(odd) for side in (0, more)], mode="replicate")
-        return CONVOLVE[x.dim() - 2](x, self.weight, self.bias, stride=2, padding=1)
+        even = grown(x, [n + n % 2 for n in x.shape[2:]])
+        return CONVOLVE[x.dim() - 2](even, self.weight, self.bias, stride=2, padding=1)
 
 
 class Descent(nn.Module):
