@@ -9,16 +9,38 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.image import Affine, DisplacementField, Image, Labels, Part, PointMap, Transform
 
 SLAB_POINTS = 250_000  # points handled at once: keeps the float64 coordinates in 6 MB, near the caches
+FEW = {2: 40_000, 3: 6_000}  # points, by dimension, from which several threads are worth calling
+PIECES = 256  # that points are shared out in at most
+SUMS = 2  # where the gradient of the image is wanted, of which each piece makes one of its own
+
+_BACKWARD = {2: torch.ops.aten.grid_sampler_2d_backward, 3: torch.ops.aten.grid_sampler_3d_backward}
+_BILINEAR, _BORDER = 0, 1  # torch's numbers for these
+
+
+def linear(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """The image between its voxels, the border continued outwards; differentiable (once) in both.
+
+    torch's own kernel for the CPU takes one thread an image, however large it is; here the points of an image are shared out among the threads.
+    Values, and gradients of the points, are torch's to the last bit, whatever the number of threads; the gradient of the image comes as two sums.
+
+    image: (N, C, *shape); points: (N, *out, D), x first, -1 and 1 at the centres of the outermost voxels. Returns (N, C, *out).
+    """
+    count = points[0].numel() // points.shape[-1]
+    if image.device.type != "cpu" or torch.get_num_threads() <= len(image) or count < FEW[points.shape[-1]] or _pieces(count, PIECES) == 1:
+        return F.grid_sample(image, points, mode="bilinear", padding_mode="border", align_corners=True)
+    return _Linear.apply(image, points)  # type: ignore[no-untyped-call]
 
 
 def sample(data: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -28,8 +50,7 @@ def sample(data: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """
     ndim = index.shape[-1]
     points = _normalised(index, data.shape[1:]).reshape(1, *[1] * (ndim - 1), -1, ndim)
-    values = F.grid_sample(data[None], points, mode="bilinear", padding_mode="border", align_corners=True)
-    return values.reshape(data.shape[0], -1)
+    return linear(data[None], points).reshape(data.shape[0], -1)
 
 
 def inside(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -47,7 +68,7 @@ def warp_voxels(image: torch.Tensor, displacement: torch.Tensor, outside: float 
     shape = image.shape[2:]
     moved = displacement.movedim(1, -1)
     points = torch.addcmul(_normalised(identity(shape, displacement), shape), moved, _voxel(shape, displacement))
-    values = F.grid_sample(image, points, mode="bilinear", padding_mode="border", align_corners=True)
+    values = linear(image, points)
     if outside is None:
         return values
     here = inside(identity(shape, displacement) + moved, shape)
@@ -87,7 +108,7 @@ def resize_voxels(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     index = identity(shape, data)
     ratio = torch.as_tensor([m / n for n, m in zip(shape, data.shape[2:], strict=True)][::-1], dtype=data.dtype, device=data.device)
     points = _normalised((index + 0.5) * ratio - 0.5, data.shape[2:])
-    return F.grid_sample(data, points.expand(data.shape[0], *points.shape), mode="bilinear", padding_mode="border", align_corners=True)
+    return linear(data, points.expand(data.shape[0], *points.shape))
 
 
 def grown(data: torch.Tensor, shape: Sequence[int], value: float | None = None) -> torch.Tensor:
@@ -224,6 +245,41 @@ def _apply_affine(affine: Affine, x: torch.Tensor) -> torch.Tensor:
             if factor:
                 column.add_(source, alpha=factor)
     return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(image, points)
+        pairs = zip(image.split(1), points, strict=True)
+        values = [F.grid_sample(*_shared(x, at, PIECES), mode="bilinear", padding_mode="border", align_corners=True) for x, at in pairs]
+        return torch.stack([value.transpose(0, 1) for value in values]).reshape(*image.shape[:2], *points.shape[1:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        (image, points), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        of_image: list[torch.Tensor] = []
+        of_points: list[torch.Tensor] = []
+        for x, at, up in zip(image.split(1), points, upstream, strict=True):
+            copies, parts = _shared(x, at, SUMS if wanted[0] else PIECES)
+            ups = up.reshape(len(up), *parts.shape[:-1]).transpose(0, 1)
+            found = _BACKWARD[points.shape[-1]](ups, copies, parts, _BILINEAR, _BORDER, True, wanted)
+            of_image += [found[0].sum(dim=0)] if wanted[0] else []
+            of_points += [found[1].reshape(at.shape)] if wanted[1] else []
+        return (torch.stack(of_image) if of_image else None), (torch.stack(of_points) if of_points else None)
+
+
+def _shared(image: torch.Tensor, points: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, C, *shape) and (*out, D) as a batch of pieces: the same image k times, without a copy, and (k, 1, ..., P / k, D) points."""
+    ndim = points.shape[-1]
+    k = _pieces(points.numel() // ndim, most)
+    return image.expand(k, *image.shape[1:]), points.reshape(k, *[1] * (ndim - 1), -1, ndim)
+
+
+def _pieces(count: int, most: int) -> int:
+    """The largest number up to `most` that divides the points; 1 for a prime number of them."""
+    return next(k for k in range(most, 0, -1) if count % k == 0)
 
 
 def _normalised(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
