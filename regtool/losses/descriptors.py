@@ -180,7 +180,7 @@ class _Mind(torch.autograd.Function):
             found = [_normalised(patches.distances(z), bound) for patches, bound in zip(both, bounds, strict=True)]
             difference = found[0][0] - found[1][0]
             weighted = difference * p
-            value -= torch.vdot(weighted.flatten(), difference.flatten()).to(value.dtype)
+            value -= (weighted * difference).sum(dtype=value.dtype)
             for sign, patches, space, bound, (descriptor, excess, variance) in zip((1, -1), both, spaces, bounds, found, strict=True):
                 if space:
                     slope = descriptor * weighted * (2 * sign)  # that of the excess
