@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 
-OBJECTS = 50_000  # new ones before garbage is looked for: imports make hundreds of thousands, and all of them stay
+OBJECTS = 1_000_000  # new ones before garbage is looked for: imports make hundreds of thousands, and all of them stay
 SPINS = "1000"  # of a thread that waits for the others; libgomp's millions keep a core from whoever else is at work, us included: 20 times slower
 
 
