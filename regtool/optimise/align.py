@@ -21,7 +21,9 @@ WORTH = {"center": 1.1, "moments": 1.1, "rigid": 1.03, "affine": 1.06}
 TURNED = 1.06  # the least that a rigid map must be worth too before headers, or a shift, are left for it: aligned brains of two people reach 1.04
 # and only to where the structures are alike: good pairs end at -0.003 to -0.12, MR on ultrasound, which affine maps only make worse, below -0.135
 ALIKE = -0.13
-TURNS_WORTH = 1.5  # a start turned by right angles is believed only if it ends so much higher than the others
+# a start turned by right angles is believed only if it ends so much higher than the others at the finest level; images so small that they have one
+# level (digits) tell less
+TURNS_WORTH, TURNS_WORTH_SMALL = 1.2, 1.5
 ANGLE = math.radians(20)  # and SIZES: what further starts differ by from the centres of mass
 SIZES = (1 / 1.2, 1.0, 1.2)
 SHORT = 0.5  # voxels of the coarsest level: starts no farther apart than that are one
@@ -49,7 +51,7 @@ def align(
     before, moving, moving_mask = _brought(fixed, moving, initial, moving_mask)
     pyramid = levels(fixed, moving, fixed_mask, moving_mask)
     from_mass, to_mass = pyramid[-1].centres
-    found = {"none": stay}
+    found, turned = {"none": stay}, ""
     if method != "moments":
         found["center"] = _onto(np.eye(stay.ndim), fixed.grid.centre, moving.grid.centre, before)
     if method != "center":
@@ -57,11 +59,16 @@ def align(
     if method in ("auto", "rigid", "affine"):
         straight = list(found.values())
         for name in ("rigid", "affine") if method == "auto" else (method,):
-            found[name] = _start(pyramid[0], straight, before, rigid=name == "rigid")
+            summit, rival = _starts(pyramid[0], straight, before, rigid=name == "rigid")
             for level in pyramid:
-                found[name] = climbed(level, _best(level, list(found.values()), before), before, rigid=name == "rigid")
+                summit = climbed(level, _best(level, [*found.values(), summit], before), before, rigid=name == "rigid")
+                rival = None if rival is None else climbed(level, rival, before, rigid=name == "rigid")
+            found[name] = summit
+            least = TURNS_WORTH if len(pyramid) > 1 else TURNS_WORTH_SMALL
+            if rival is not None and score(pyramid[-1], before.after(rival)) > least * score(pyramid[-1], before.after(summit)):
+                found[name], turned = rival, name
     similarity = {name: score(pyramid[-1], before.after(affine)) for name, affine in found.items()}
-    name = _chosen(pyramid[-1], found, similarity, before) if method == "auto" else method
+    name = _chosen(pyramid[-1], found, similarity, before, turned) if method == "auto" else method
     return Alignment(name, found[name], similarity)
 
 
@@ -81,20 +88,21 @@ def _onto(matrix: Array, from_point: Array, to_point: Array, initial: Affine) ->
     return Affine(matrix, target - matrix @ from_point)
 
 
-def _start(level: Level, straight: list[Affine], initial: Affine, rigid: bool) -> Affine:
-    """The highest summit at the coarsest level: from the shifts, from the best of what is near the centres of mass, from the best turn."""
+def _starts(level: Level, straight: list[Affine], initial: Affine, rigid: bool) -> tuple[Affine, Affine | None]:
+    """At the coarsest level, the highest summit from the shifts and from the best of what is near the centres of mass; that from the best turn, where
+    it is higher.
+    """
     starts: list[Affine] = []
     for affine in straight:
         if all(np.abs(affine.translation - other.translation).max() > SHORT * level.spacing for other in starts):
             starts.append(affine)
     near, turned = (
         [_onto(m, *level.centres, initial) for m in some if np.allclose(np.abs(m @ level.normals), np.abs(level.normals), rtol=0.3)]
-        for some in (_nearby(initial.ndim, rigid), [np.eye(initial.ndim), *_right_angles(initial.ndim)])
+        for some in (_nearby(initial.ndim, rigid), _right_angles(initial.ndim))
     )
     summit = _best(level, [climbed(level, a, initial, rigid) for a in (*starts, _best(level, near, initial))], initial)
     rival = climbed(level, _best(level, turned, initial), initial, rigid)
-    heights = [score(level, initial.after(affine)) for affine in (summit, rival)]
-    return rival if heights[1] > TURNS_WORTH * heights[0] else summit
+    return summit, rival if rival is _best(level, [summit, rival], initial) else None
 
 
 def _best(level: Level, starts: list[Affine], initial: Affine) -> Affine:
@@ -121,8 +129,11 @@ def _right_angles(ndim: int) -> list[Array]:
     return [m for m in signed if np.linalg.det(m) > 0 and not np.array_equal(m, np.eye(ndim))]
 
 
-def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float], initial: Affine) -> str:
-    """The headers or the best shift; then, from there, rigid or affine where it is worth its price and its degrees of freedom (Schwarz 1978)."""
+def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float], initial: Affine, turned: str) -> str:
+    """The headers or the best shift; then, from there, rigid or affine where it is worth its price and its degrees of freedom (Schwarz 1978).
+
+    turned: the one that a turn by right angles has won; that has beaten all others by so much that the images need not be alike.
+    """
     ndim, voxels = level.grid.ndim, len(level.points)
     freedom = {"rigid": ndim * (ndim + 1) // 2, "affine": ndim * (ndim + 1)}
 
@@ -134,7 +145,7 @@ def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float]
         least = max(WORTH[name], TURNED if name in freedom else 0.0)
         if earned(name) <= least * similarity[than] or (both is not None and both[0] <= least * both[1]):
             return False
-        return name not in freedom or resemblance(level, initial.after(found[name])) > ALIKE
+        return name not in freedom or name == turned or resemblance(level, initial.after(found[name])) > ALIKE
 
     base = "none"
     for names in (("center", "moments"), ("rigid", "affine")):
