@@ -155,6 +155,40 @@ def test_a_half_turn_is_found(ndim: int) -> None:
     assert distance(found.affine, truth) < 0.35 * coarseness(ndim)
 
 
+def picture_of(size: int, kind: str = "") -> Image:
+    """The picture on so many pixels an edge, in a header that tells none of it; `cut`: only its middle half."""
+    width = 60.0 if kind == "cut" else 120.0
+    grid = Grid((size, size), (width / size,) * 2, (-width / 2 + width / size / 2,) * 2, (1.0, 0.0, 0.0, 1.0))
+    return Image(seen(grid).data, Grid.regular((size, size)))
+
+
+@pytest.mark.parametrize("size", [40, 64, 200, 256])
+def test_pictures_without_a_pixel_size_show_the_same_field_of_view(size: int) -> None:
+    fixed, moving = picture_of(128), picture_of(size)
+    for method in ("auto", "affine"):
+        found = align(fixed, moving, method, stay(2))
+        assert found.name.startswith("scaled")
+        middle = np.array([[20.0, 30.0], [64.0, 90.0], [100.0, 64.0]])
+        there = transform_points(Transform((found.affine,)), middle)
+        np.testing.assert_allclose(there, (middle + 0.5) * size / 128 - 0.5, atol=0.02 * size)
+
+
+def test_only_pictures_without_a_pixel_size_are_scaled() -> None:
+    fixed, small = picture_of(128), picture_of(64)
+    known = [Image(x.data, replace(x.grid, origin=(5.0, 5.0))) for x in (fixed, small)]
+    moved = Transform((Affine(np.eye(2), np.array([3.0, 0.0])),))
+    cases = [
+        (*known, "auto", stay(2)),
+        (fixed, small, "auto", moved),
+        (fixed, small, "rigid", stay(2)),
+        (fixed, picture_of(64, "cut"), "auto", stay(2)),
+    ]
+    for case in cases:
+        found = align(*case)
+        assert "scaled" not in found.name
+    assert distance(found.affine, Affine(np.eye(2), np.array([-32.0, -32.0]))) < 2  # a cut-out has the pixels of the whole
+
+
 def test_rigid_is_rigid_and_agrees_with_itk(ndim: int) -> None:
     """Within a quarter of a voxel of ITK's optimiser on the same pair, started from the truth."""
     truth = mapping(ndim, "rigid")

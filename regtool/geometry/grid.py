@@ -120,6 +120,11 @@ class Grid:
         return tuple(n * s for n, s in zip(self.size, self.spacing, strict=True))
 
     @property
+    def silent(self) -> bool:
+        """Whether the header tells no place: identity directions and origin 0, as tools write that know no better."""
+        return not any(self.origin) and bool(np.array_equal(self.rotation, np.eye(self.ndim)))
+
+    @property
     def corners(self) -> Array:
         """(2^D, D) mm LPS, the outer corners (voxel edges)."""
         ends = [(-0.5, n - 0.5) for n in self.size]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from regtool.data.preprocess import antialiased, network_grid
-from regtool.geometry.grid import Array
+from regtool.geometry.grid import Array, Grid
 from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import warp
 from regtool.optimise.affine import VOXELS, Level, climbed, compared, levels, resemblance, score
@@ -18,6 +18,7 @@ from regtool.parameters import Grid as GridParameters
 
 # `auto` moves away from what the headers say only for so many times the score, and from a shift likewise: headers are usually right
 WORTH = {"center": 1.1, "moments": 1.1, "rigid": 1.03, "affine": 1.06}
+PIXELS_WORTH = 1.1  # and equal pixels are believed of pictures without a pixel size, rather than equal fields of view, for so many times the score
 TURNED = 1.06  # the least that a rigid map must be worth too before headers, or a shift, are left for it: aligned brains of two people reach 1.04
 # and only to where the structures are alike: good pairs end at -0.003 to -0.12, MR on ultrasound, which affine maps only make worse, below -0.135
 ALIKE = -0.13
@@ -31,7 +32,9 @@ SHORT = 0.5  # voxels of the coarsest level: starts no farther apart than that a
 
 @dataclass(frozen=True)
 class Alignment:
-    """name: none, center, moments, rigid or affine; affine: fixed to moving mm, before `initial`; similarity: score in nats of every candidate."""
+    """name: none, center, moments, rigid or affine, or `scaled` and one of them; affine: fixed to moving mm, before `initial`; similarity: score in
+    nats of every candidate.
+    """
 
     name: str
     affine: Affine
@@ -45,6 +48,38 @@ def align(
 
     Only what the masks mark (above zero) is compared. The score is mutual information times a power of the overlap, see `regtool.optimise.affine`.
     """
+    found = _aligned(fixed, moving, method, initial, fixed_mask, moving_mask)
+    scale = _scale(fixed.grid, moving.grid)
+    if scale is None or method not in ("auto", "affine") or not _nothing(initial):
+        return found
+    other = _aligned(fixed, moving, method, Transform((scale,)), fixed_mask, moving_mask)
+    similarity = {**found.similarity, **{_scaled(name): value for name, value in other.similarity.items()}}
+    if found.similarity[found.name] > PIXELS_WORTH * other.similarity[other.name]:
+        return Alignment(found.name, found.affine, similarity)
+    return Alignment(_scaled(other.name), scale.after(other.affine), similarity)
+
+
+def _scale(fixed: Grid, moving: Grid) -> Affine | None:
+    """Onto as large a field of view as the fixed image's, centre to centre: for pictures of which one has no pixel size in its header."""
+    unknown = any(grid.silent and set(grid.spacing) == {1.0} for grid in (fixed, moving))
+    ratio = math.prod(m / f for f, m in zip(fixed.extent, moving.extent, strict=True)) ** (1 / fixed.ndim)
+    if fixed.ndim != 2 or not unknown or max(ratio, 1 / ratio) < SIZES[-1]:
+        return None
+    matrix = ratio * moving.rotation @ fixed.rotation.T
+    return Affine(matrix, moving.centre - matrix @ fixed.centre)
+
+
+def _nothing(initial: Transform) -> bool:
+    """Whether it leaves every point where it is."""
+    return all(isinstance(p, Affine) and np.array_equal(p.matrix, np.eye(p.ndim)) and not p.translation.any() for p in initial.parts)
+
+
+def _scaled(name: str) -> str:
+    return "scaled" if name == "none" else f"scaled, {name}"
+
+
+def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed_mask: Image | None, moving_mask: Image | None) -> Alignment:
+    """One try."""
     stay = Affine.identity(fixed.grid.ndim)
     if method == "none":
         return Alignment("none", stay, {})

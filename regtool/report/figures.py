@@ -108,7 +108,7 @@ def planes(fixed: Image) -> list[Plane]:
     for a, b in itertools.combinations(range(grid.ndim), 2):  # world axes: across, down
         across, down = world.index(a), world.index(b)
         normals = [k for k in range(grid.ndim) if k not in (across, down)]
-        known = normals and not silent(grid)
+        known = normals and not grid.silent
         head_up = b not in (0, 1)  # LPS grows to the head but the picture grows downwards
         out.append(
             Plane(
@@ -120,11 +120,6 @@ def planes(fixed: Image) -> list[Plane]:
             )
         )  # fmt: skip
     return out
-
-
-def silent(grid: Grid) -> bool:
-    """Whether the header carries no orientation: identity directions and origin 0."""
-    return not any(grid.origin) and bool(np.array_equal(grid.rotation, np.eye(grid.ndim)))
 
 
 def anatomy(image: Image) -> tuple[int, ...]:
