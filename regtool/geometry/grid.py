@@ -125,6 +125,11 @@ class Grid:
         return not any(self.origin) and bool(np.array_equal(self.rotation, np.eye(self.ndim)))
 
     @property
+    def bare(self) -> bool:
+        """Whether it is that of a picture whose header has no pixel size either."""
+        return self.ndim == 2 and self.silent and set(self.spacing) == {1.0}
+
+    @property
     def corners(self) -> Array:
         """(2^D, D) mm LPS, the outer corners (voxel edges)."""
         ends = [(-0.5, n - 0.5) for n in self.size]

@@ -61,9 +61,8 @@ def align(
 
 def _scale(fixed: Grid, moving: Grid) -> Affine | None:
     """Onto as large a field of view as the fixed image's, centre to centre: for pictures of which one has no pixel size in its header."""
-    unknown = any(grid.silent and set(grid.spacing) == {1.0} for grid in (fixed, moving))
     ratio = math.prod(m / f for f, m in zip(fixed.extent, moving.extent, strict=True)) ** (1 / fixed.ndim)
-    if fixed.ndim != 2 or not unknown or max(ratio, 1 / ratio) < SIZES[-1]:
+    if not (fixed.bare or moving.bare) or max(ratio, 1 / ratio) < SIZES[-1]:
         return None
     matrix = ratio * moving.rotation @ fixed.rotation.T
     return Affine(matrix, moving.centre - matrix @ fixed.centre)
