@@ -22,9 +22,9 @@ PIXELS_WORTH = 1.1  # and equal pixels are believed of pictures without a pixel 
 TURNED = 1.06  # the least that a rigid map must be worth too before headers, or a shift, are left for it: aligned brains of two people reach 1.04
 # and only to where the structures are alike: good pairs end at -0.003 to -0.12, MR on ultrasound, which affine maps only make worse, below -0.135
 ALIKE = -0.13
-# a start turned by right angles is believed only if it ends so much higher than the others at the finest level; images so small that they have one
-# level (digits) tell less
-TURNS_WORTH, TURNS_WORTH_SMALL = 1.2, 1.5
+# by dimension: a start turned by right angles is believed only if it ends so much higher than the others at the finest level; images so small that
+# they have one level (digits) tell less. Two people's heads end at 1.4 to 2.2, slices at 1.15 to 1.3; wrong turns at 1.0, MR on ultrasound at 1.4
+TURNS_WORTH, TURNS_WORTH_SMALL = {2: 1.2, 3: 1.35}, 1.5
 ANGLE = math.radians(20)  # and SIZES: what further starts differ by from the centres of mass
 SIZES = (1 / 1.2, 1.0, 1.2)
 SHORT = 0.5  # voxels of the coarsest level: starts no farther apart than that are one
@@ -98,11 +98,12 @@ def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed
                 summit = climbed(level, _best(level, [*found.values(), summit], before), before, rigid=name == "rigid")
                 rival = None if rival is None else climbed(level, rival, before, rigid=name == "rigid")
             found[name] = summit
-            least = TURNS_WORTH if len(pyramid) > 1 else TURNS_WORTH_SMALL
+            least = TURNS_WORTH[stay.ndim] if len(pyramid) > 1 else TURNS_WORTH_SMALL
             if rival is not None and score(pyramid[-1], before.after(rival)) > least * score(pyramid[-1], before.after(summit)):
                 found[name], turned = rival, name
     similarity = {name: score(pyramid[-1], before.after(affine)) for name, affine in found.items()}
-    name = _chosen(pyramid[-1], found, similarity, before, turned) if method == "auto" else method
+    unsaid = turned if fixed.grid.bare or moving.grid.bare else ""
+    name = _chosen(pyramid[-1], found, similarity, before, unsaid) if method == "auto" else method
     return Alignment(name, found[name], similarity)
 
 
@@ -163,10 +164,10 @@ def _right_angles(ndim: int) -> list[Array]:
     return [m for m in signed if np.linalg.det(m) > 0 and not np.array_equal(m, np.eye(ndim))]
 
 
-def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float], initial: Affine, turned: str) -> str:
+def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float], initial: Affine, unsaid: str) -> str:
     """The headers or the best shift; then, from there, rigid or affine where it is worth its price and its degrees of freedom (Schwarz 1978).
 
-    turned: the one that a turn by right angles has won; that has beaten all others by so much that the images need not be alike.
+    unsaid: the one that a turn by right angles has won, of pictures whose headers say nothing that speaks against it; they need not be alike (ALIKE).
     """
     ndim, voxels = level.grid.ndim, len(level.points)
     freedom = {"rigid": ndim * (ndim + 1) // 2, "affine": ndim * (ndim + 1)}
@@ -179,7 +180,7 @@ def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float]
         least = max(WORTH[name], TURNED if name in freedom else 0.0)
         if earned(name) <= least * similarity[than] or (both is not None and both[0] <= least * both[1]):
             return False
-        return name not in freedom or name == turned or resemblance(level, initial.after(found[name])) > ALIKE
+        return name not in freedom or name == unsaid or resemblance(level, initial.after(found[name])) > ALIKE
 
     base = "none"
     for names in (("center", "moments"), ("rigid", "affine")):
