@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from regtool.geometry.fields import invert
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Image
+from regtool.geometry.image import Image, Transform
+from regtool.geometry.sampling import warp
 from regtool.optimise.guard import SHARED, objection, silence
 from regtool.workflows.register import Request, register
-from tests.conftest import blobs
+from tests.conftest import blobs, smooth_field
 
 QUICK = ("run.threads=1", "run.qc=false", "refine.iterations=12")
 FOLDING = 0.01  # percent
@@ -111,3 +113,26 @@ def test_a_failed_threshold_is_a_status_and_no_error() -> None:
 def test_objection(before: float, after: float, folding: float, word: str) -> None:
     found = objection(before, after, folding, 1.0)
     assert word in found if word else found == ""
+
+
+def test_a_cut_field_of_view_tears_nothing(ndim: int) -> None:
+    """The moving image shows less than half of the fixed one, moved by a known smooth field: found where it shows it, smooth beyond."""
+    shape = {2: (96, 100), 3: (40, 44, 48)}[ndim]
+    whole = image(np.random.default_rng(0).normal(size=shape))
+    texture = whole.data[None]
+    for _ in range(6):  # smooth enough for a linear interpolation, without a border of its own
+        texture = torch.nn.functional.avg_pool2d(texture, 3, 1, 1) if ndim == 2 else torch.nn.functional.avg_pool3d(texture, 3, 1, 1)
+    fixed = Image(texture[0] / texture.std(), whole.grid)
+    truth = smooth_field(fixed.grid, 2.5, 1)
+    inverse, _ = invert(Transform((truth,)), fixed.grid)
+    cuts = [slice(0, n) for n in shape]
+    cuts[-1] = slice(0, int(0.45 * shape[-1]))
+    moved = warp(fixed, Transform((inverse,)), fixed.grid.cut(cuts))
+    found = register(Request(fixed, moved, overrides=("run.threads=1", "run.qc=false", "align.method=none", "measure.name=lncc")))
+    assert any("the moving image covers" in message for message in found.report["warnings"])
+    assert found.report["jacobian"]["folding_percent"] == 0
+    error = (found.displacements[0].data - truth.data).square().sum(0).sqrt()
+    seen = (slice(4, -4),) * (ndim - 1) + (slice(4, cuts[-1].stop - 6),)
+    assert float(error[seen].mean()) < 0.5 < float(truth.magnitude()[seen].mean())
+    beyond = found.displacements[0].data[..., cuts[-1].stop + 2 :]
+    assert float(beyond.diff(dim=-1).abs().mean()) < 0.02

@@ -20,6 +20,7 @@ from regtool.parameters import Preprocess
 Parts = tuple[tuple[float, float], ...]  # a block, as parts of the array's axes from 0 to 1
 QUANTILE_SAMPLES = 1_000_000
 LEAST_SHARE = 0.5  # of an image that makes the grid of what it shows finer: all of it has to be carried along
+LATTICE = 60_000  # voxels on which it is asked what the moving image covers
 RIM = 0.02  # of each axis, around what there is to see
 
 
@@ -48,9 +49,7 @@ def content(image: Image) -> Parts:
     """The block that holds what there is to see, as parts of the array's axes from 0 to 1: beyond it all is as in the first voxel, within 1 % of
     the range of intensities; and a rim of 2 % of each axis.
     """
-    flat = image.data.flatten(1)
-    first = flat[:, 0].reshape(-1, *[1] * image.grid.ndim)
-    there = ((image.data - first).abs() > 0.01 * (flat.amax(1) - flat.amin(1)).reshape(first.shape)).any(0)
+    there = _there(image)
     out = []
     for axis, n in enumerate(there.shape):
         planes = there.movedim(axis, 0).flatten(1).any(1).nonzero()
@@ -58,11 +57,45 @@ def content(image: Image) -> Parts:
     return tuple(out)
 
 
+def _there(image: Image) -> torch.Tensor:
+    """(*shape) bool: where some channel is not as in the first voxel."""
+    flat = image.data.flatten(1)
+    first = flat[:, 0].reshape(-1, *[1] * image.grid.ndim)
+    return ((image.data - first).abs() > 0.01 * (flat.amax(1) - flat.amin(1)).reshape(first.shape)).any(0)
+
+
 def shown(fixed: Grid, parts: Parts, voxels: int) -> tuple[Grid, list[slice]]:
     """A grid over the whole of `fixed`, and the block of it that holds its `content`, about `voxels` of them: as slices of the array's axes."""
     share = max(math.prod(high - low for low, high in parts), LEAST_SHARE)
     grid = network_grid(fixed, GridParameters(), int(voxels / share))
-    return grid, [slice(int(low * n), math.ceil(high * n)) for (low, high), n in zip(parts, grid.shape, strict=True)]
+    return grid, block(grid, parts)
+
+
+def block(grid: Grid, parts: Parts) -> list[slice]:
+    """The voxels of `parts`, one slice for each axis of the array."""
+    return [slice(int(low * n), math.ceil(high * n)) for (low, high), n in zip(parts, grid.shape, strict=True)]
+
+
+def common(one: Parts, other: Parts) -> Parts:
+    """What both hold; `other` where that is nothing."""
+    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return both if all(low < high for low, high in both) else other
+
+
+def covered(fixed: Image, moving: Grid, transform: Transform) -> tuple[float, Parts]:
+    """How much of what the fixed image shows lies within the moving one's field of view, 0 to 1, and the block of the fixed grid that mostly does."""
+    grid = network_grid(fixed.grid, GridParameters(), LATTICE)
+    inside = warp(Image(torch.ones(1, *moving.shape), moving), transform, grid, outside=0.0).data[0] > 0.5
+    there = _there(resample(fixed, grid))
+    if not bool(inside.any()):
+        return 0.0, ((0.0, 1.0),) * grid.ndim
+    kept = [slice(0, n) for n in grid.shape]
+    for axis, n in [*enumerate(grid.shape)] * 2:  # twice: planes look fuller once the other axes are cut
+        planes = inside[tuple(slice(0, n) if a == axis else part for a, part in enumerate(kept))].movedim(axis, 0).flatten(1).float().mean(1)
+        full = (planes > planes.max() / 2).nonzero()
+        kept[axis] = slice(int(full[0]), int(full[-1]) + 1)
+    parts = tuple((part.start / n, part.stop / n) for part, n in zip(kept, grid.shape, strict=True))
+    return float(inside[there].float().mean()) if bool(there.any()) else 1.0, parts
 
 
 def normalised(image: Image, parameters: Preprocess) -> Image:

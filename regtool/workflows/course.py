@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import continued, network_grid, one_channel, prepared, to_network
+from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, to_network
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
 from regtool.geometry.grid import Grid
@@ -25,6 +26,9 @@ from regtool.parameters import Parameters
 from regtool.workflows.oneshot import Progress
 from regtool.workflows.warp import invert_points
 
+log = logging.getLogger("regtool")
+
+COVERED = 0.75  # of what the fixed image shows, by the moving one; with less the rest is left out
 ASKED_VOXELS = 250_000  # of the grid on which the relation of intensities is asked
 ROUGH_VOXELS = 60_000  # of the grid on which the anatomies are brought together roughly for that
 ROUGH, LOOKS = "pyramid", 2  # the network that does so, and how often it looks; what AGREEING in optimise/modality was measured after
@@ -97,6 +101,7 @@ class Course:
         self.score = self.measured(transform)
         self.stages: list[Stage] = []
         self.modality = "as asked for"
+        self.parts: Parts = ((0.0, 1.0),) * grid.ndim  # of the fixed grid, that are compared
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
         """(1, C, *grid.shape): the image, one of `greys` or with all channels, through `transform` as networks and similarities see it."""
@@ -145,6 +150,20 @@ class Course:
         weight = math.prod(masks[1:], start=masks[0]) if masks else None
         with torch.no_grad():  # not inference mode: what is prepared in here is learned from later
             return float(similarity(self.target, self.tensor(self.moving, transform, self.grid), self.measure, weight))
+
+    def settle_view(self) -> None:
+        """Where the aligned moving image leaves out much of what the fixed one shows, only the block that it covers is compared from here on: at the
+        border of a field of view images differ, and a field that mends that tears what lies beyond.
+        """
+        share, parts = covered(self.fixed, self.moving.grid, self.transform)
+        if share < COVERED:
+            self.parts, self.grid = parts, self.grid.cut(block(self.grid, parts))
+            self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
+            self.score = self.measured(self.transform)
+            log.warning(
+                "%sthe moving image covers %.0f %% of what the fixed one shows; beyond, the displacement goes on as at the border",
+                self.setup.whose, 100 * share,
+            )  # fmt: skip
 
     def settle_measure(self) -> None:
         """With the images aligned, `auto` becomes the similarity that suits them; the score is that one's from here on."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import Parts, content, seen, shown
+from regtool.data.preprocess import Parts, block, common, content, seen, shown
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -78,6 +79,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     with clock("align"):
         course = Course(target, source, setup, plan.measuring_grid, before, guides, weights)
         _align(course)
+        course.settle_view()
         course.settle_measure()
         first = course.score if course.transform is before else course.measured(before)
     _check_overlap(fixed.grid, moving.grid, course.transform, setup.initial)
@@ -147,7 +149,8 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
     Trained weights see the pair again as registered so far; what they find, composed with what they have found before, is under guard.
     """
     started, setup, aligned = time.perf_counter(), course.setup, course.transform
-    batch = course.pair(aligned, grid, grey=True)
+    cut = block(grid, course.parts)
+    batch = course.pair(aligned, grid.cut(cut), grey=True)
     if course.fixed is not course.greys[0]:
         log.info("the network sees one channel, the weighted mean of %d", len(course.fixed.data))
     engine, learned = _engine(batch, setup, course.measure)
@@ -161,7 +164,7 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
             u = next(looks)
         if not bool(torch.isfinite(u).all()):
             raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
-        found = DisplacementField.from_voxels(u.cpu(), grid)
+        found = _beyond(u, grid, cut)
         taken = _offered(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, extra=turn > 0)
         if taken is None:
             break
@@ -175,18 +178,22 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
     Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on as at their
     border; histograms and mean edges would not be the same without them.
     """
-    started, parameters, block = time.perf_counter(), course.setup.parameters, [slice(0, n) for n in grid.shape]
+    started, parameters, cut = time.perf_counter(), course.setup.parameters, block(grid, course.parts)
     if parameters.refine.symmetric:
         aligned, start = course.transform, None  # the velocity is that of what is still to be moved, and both images count alike
     elif course.measure.name == "lncc":
-        grid, block = shown(course.fixed.grid, parts, grid.voxels)
-    inside = grid.cut(block)
+        grid, cut = shown(course.fixed.grid, common(parts, course.parts), grid.voxels)
+    inside = grid.cut(cut)
     u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(course.setup.device)
     refined = refine(course.pair(aligned, inside), u, parameters.refine, course.measure, grid.spacing, course.setup.progress)
-    beyond = [n for part, length in zip(reversed(block), grid.size, strict=True) for n in (part.start, length - part.stop)]
-    found = DisplacementField.from_voxels(F.pad(refined.displacement, beyond, mode="replicate").cpu(), grid)
-    _offered(course, "refine", found, aligned, started)
+    _offered(course, "refine", _beyond(refined.displacement, grid, cut), aligned, started)
     return refined.losses
+
+
+def _beyond(displacement: torch.Tensor, grid: Grid, cut: Sequence[slice]) -> DisplacementField:
+    """(1, D, ...) voxels on a block of the grid, going on as at the border on all of it."""
+    sides = [n for part, length in zip(reversed(cut), grid.size, strict=True) for n in (part.start, length - part.stop)]
+    return DisplacementField.from_voxels(F.pad(displacement, sides, mode="replicate").cpu() if any(sides) else displacement.cpu(), grid)
 
 
 def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:

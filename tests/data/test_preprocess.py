@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from regtool.data.preprocess import RIM, content, shown
-from regtool.geometry.image import Image
-from regtool.geometry.sampling import resample
+from regtool.data.preprocess import RIM, block, common, content, covered, shown
+from regtool.geometry.grid import Grid
+from regtool.geometry.image import Affine, Image, Transform
+from regtool.geometry.sampling import resample, stay
 from tests.conftest import random_grid
 
 
@@ -45,3 +47,32 @@ def test_a_block_of_a_grid_is_where_its_voxels_were(ndim: int, orientation: str)
     inside = grid.cut(block)
     assert inside.shape == (4, 7, 4)[:ndim]
     torch.testing.assert_close(resample(image, inside).data, image.data[(slice(None), *block)], rtol=1e-5, atol=0.05)
+
+
+def test_covered_is_the_block_that_the_moving_image_shows(ndim: int, orientation: str) -> None:
+    grid = random_grid(ndim, orientation, 3)
+    fixed = Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(0)), grid)
+    cuts = [slice(0, n) for n in grid.shape]
+    cuts[0], cuts[-1] = slice(2, grid.shape[0]), slice(0, grid.shape[-1] // 2)
+    share, parts = covered(fixed, grid.cut(cuts), stay(ndim))
+    assert share == pytest.approx((1 - 2 / grid.shape[0]) * (grid.shape[-1] // 2) / grid.shape[-1], abs=0.01)
+    assert block(grid, parts) == cuts
+    shift = grid.rotation @ (np.array(grid.spacing) * np.eye(ndim)[0] * 3)  # along x, where the moving image now ends three voxels earlier
+    _, moved = covered(fixed, grid.cut(cuts), Transform((Affine(np.eye(ndim), shift),)))
+    assert block(grid, moved)[-1] == slice(0, grid.shape[-1] // 2 - 3)
+    nowhere = Transform((Affine(np.eye(ndim), np.full(ndim, 1e4)),))
+    assert covered(fixed, grid, nowhere) == (0.0, ((0.0, 1.0),) * ndim)
+
+
+def test_only_what_is_shown_has_to_be_covered() -> None:
+    grid = Grid.regular((10, 10))
+    data = torch.zeros(1, 10, 10)
+    data[:, :, 2:6] = torch.rand(1, 10, 4, generator=torch.Generator().manual_seed(0)) + 1
+    assert covered(Image(data, grid), grid.cut([slice(0, 10), slice(0, 6)]), stay(2))[0] == 1
+    assert covered(Image(data, grid), grid.cut([slice(0, 10), slice(0, 4)]), stay(2))[0] == 0.5
+    assert covered(Image(0 * data, grid), grid, stay(2))[0] == 1
+
+
+def test_common_blocks() -> None:
+    assert common(((0.1, 0.6), (0.0, 1.0)), ((0.3, 0.9), (0.2, 0.4))) == ((0.3, 0.6), (0.2, 0.4))
+    assert common(((0.0, 0.2), (0.0, 1.0)), ((0.3, 0.9), (0.2, 0.4))) == ((0.3, 0.9), (0.2, 0.4))
