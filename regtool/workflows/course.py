@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -90,6 +90,8 @@ class Course:
     ) -> None:
         self.fixed, self.moving, self.setup, self.transform, self.guides = fixed, moving, setup, transform, guides
         self.grid = grid
+        self.parts: Parts = ((0.0, 1.0),) * grid.ndim  # of the fixed grid, that are compared
+        self.view: Image | None = None  # ones where the moving image is, if that leaves out much
         scaling = setup.parameters.preprocess
         self.greys = one_channel(fixed, scaling, weights), one_channel(moving, scaling, weights)
         self._ready: dict[tuple[int, tuple[int, ...]], Image] = {}
@@ -101,7 +103,6 @@ class Course:
         self.score = self.measured(transform)
         self.stages: list[Stage] = []
         self.modality = "as asked for"
-        self.parts: Parts = ((0.0, 1.0),) * grid.ndim  # of the fixed grid, that are compared
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
         """(1, C, *grid.shape): the image, one of `greys` or with all channels, through `transform` as networks and similarities see it."""
@@ -110,7 +111,10 @@ class Course:
             mask = self.guides.fixed_mask if image in (self.fixed, self.greys[0]) else self.guides.moving_mask
             counting = image if mask is None else continued(image, mask)
             self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess)
-        return to_network(self._ready[key], transform, grid).to(self.setup.device)
+        seen = to_network(self._ready[key], transform, grid)
+        if self.view is not None and image not in (self.fixed, self.greys[0]):
+            seen = continued(Image(seen[0], grid), warp(self.view, transform, grid, 0.0)).data[None]
+        return seen.to(self.setup.device)
 
     def masks(self, transform: Transform, grid: Grid) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(1, 1, *grid.shape) in [0, 1]: the fixed mask, and the moving one through `transform`; None where none is given."""
@@ -158,6 +162,8 @@ class Course:
         share, parts = covered(self.fixed, self.moving.grid, self.transform)
         if share < COVERED:
             self.parts, self.grid = parts, self.grid.cut(block(self.grid, parts))
+            self.view = Image(torch.ones(1, *self.moving.grid.shape), self.moving.grid)
+            self.guides = replace(self.guides, moving_mask=self.guides.moving_mask or self.view)
             self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
             self.score = self.measured(self.transform)
             log.warning(
