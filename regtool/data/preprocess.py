@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
-from regtool.geometry.sampling import resample, resize_voxels, warp
+from regtool.geometry.sampling import resample, resize_voxels, transform_points, warp
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
 Parts = tuple[tuple[float, float], ...]  # a block, as parts of the array's axes from 0 to 1
 QUANTILE_SAMPLES = 1_000_000
 LEAST_SHARE = 0.5  # of an image that makes the grid of what it shows finer: all of it has to be carried along
+COARSER = 1.5  # times a voxel: from there on an image is smoothed to be as blurred as the other
 LATTICE = 60_000  # voxels on which it is asked what the moving image covers
 RIM = 0.02  # of each axis, around what there is to see
 
@@ -162,9 +163,19 @@ def _scale(data: torch.Tensor, parameters: Preprocess) -> None:
     data.sub_(bottom).div_(max(top - bottom, 1e-12)).clamp_(0, 1).mul_(parameters.top)
 
 
-def prepared(image: Image, grid: Grid, parameters: Preprocess) -> Image:
-    """Scaled, and smoothed for a grid that is coarser; what `to_network` may then warp again and again."""
-    return antialiased(normalised(image, parameters), grid)
+def prepared(image: Image, grid: Grid, parameters: Preprocess, least: Sequence[float] = ()) -> Image:
+    """Scaled, and smoothed for a grid that is coarser; what `to_network` may then warp again and again. least: as for `antialiased`."""
+    return antialiased(normalised(image, parameters), grid, least)
+
+
+def resolution(fixed: Grid, moving: Grid, transform: Transform) -> tuple[float, ...]:
+    """Mm along each axis of the fixed grid: how wide voxels of the moving image are there, where they are clearly wider (COARSER) than the fixed
+    ones; else 0. Of thick slices that lie askew, the ellipsoid in the voxel.
+    """
+    points = np.vstack([np.zeros(fixed.ndim), fixed.rotation.T * np.array(fixed.spacing)[:, None]]) + fixed.centre
+    first, *ends = moving.to_index(transform_points(transform, points))
+    wide = [1 / max(float(np.linalg.norm(end - first)), 1e-6) for end in ends]
+    return tuple(w * s if w > COARSER else 0.0 for w, s in zip(wide, fixed.spacing, strict=True))
 
 
 def continued(image: Image, mask: Image) -> Image:
@@ -189,12 +200,18 @@ def is_there(own: Grid, transform: Transform, grid: Grid) -> bool:
     return still and own.same_as(grid, tolerance=1e-6)
 
 
-def antialiased(image: Image, grid: Grid) -> Image:
-    """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = 0.18 (ratio^2 - 1) voxels."""
+def antialiased(image: Image, grid: Grid, least: Sequence[float] = ()) -> Image:
+    """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = 0.18 (ratio^2 - 1) voxels.
+
+    least: mm along each axis of the image, as wide as voxels are taken to be at least; left out: as those of `grid`.
+    """
     data, size, spacing = image.data, list(image.grid.size), list(image.grid.spacing)
     for component, (ratio, stride) in enumerate(zip(*_coarsening(image.grid, grid), strict=True)):
-        if ratio > 1.2:
-            data = _blurred(data, data.dim() - 1 - component, float(np.sqrt(0.18 * (ratio**2 - 1))), stride)
+        variance = 0.18 * (ratio**2 - 1) if ratio > 1.2 else 0.0
+        if least and least[component] > 0:
+            variance = max(variance, 0.35 * (least[component] / image.grid.spacing[component]) ** 2 - 0.18)
+        if variance > 0:
+            data = _blurred(data, data.dim() - 1 - component, math.sqrt(variance), stride)
             size[component], spacing[component] = data.shape[data.dim() - 1 - component], spacing[component] * stride
     return Image(data, replace(image.grid, size=tuple(size), spacing=tuple(spacing)))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, to_network
+from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, resolution, to_network
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
 from regtool.geometry.grid import Grid
@@ -91,6 +91,7 @@ class Course:
         self.fixed, self.moving, self.setup, self.transform, self.guides = fixed, moving, setup, transform, guides
         self.grid = grid
         self.parts: Parts = ((0.0, 1.0),) * grid.ndim  # of the fixed grid, that are compared
+        self.least: tuple[float, ...] = ()  # mm: voxels of the moving image along the axes of the fixed one, where they are wider
         self.view: Image | None = None  # ones where the moving image is, if that leaves out much
         scaling = setup.parameters.preprocess
         self.greys = one_channel(fixed, scaling, weights), one_channel(moving, scaling, weights)
@@ -107,12 +108,13 @@ class Course:
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
         """(1, C, *grid.shape): the image, one of `greys` or with all channels, through `transform` as networks and similarities see it."""
         key = (id(image), grid.size)  # scaling and smoothing a whole image takes longer than the warp, and is the same every time
+        still = image in (self.fixed, self.greys[0])
         if key not in self._ready:
-            mask = self.guides.fixed_mask if image in (self.fixed, self.greys[0]) else self.guides.moving_mask
+            mask = self.guides.fixed_mask if still else self.guides.moving_mask
             counting = image if mask is None else continued(image, mask)
-            self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess)
+            self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess, self.least if still else ())
         seen = to_network(self._ready[key], transform, grid)
-        if self.view is not None and image not in (self.fixed, self.greys[0]):
+        if self.view is not None and not still:
             seen = continued(Image(seen[0], grid), warp(self.view, transform, grid, 0.0)).data[None]
         return seen.to(self.setup.device)
 
@@ -159,6 +161,11 @@ class Course:
         """Where the aligned moving image leaves out much of what the fixed one shows, only the block that it covers is compared from here on: at the
         border of a field of view images differ, and a field that mends that tears what lies beyond.
         """
+        self.least = resolution(self.fixed.grid, self.moving.grid, self.transform)
+        if any(self.least):
+            self.forget()
+            self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
+            self.score = self.measured(self.transform)
         share, parts = covered(self.fixed, self.moving.grid, self.transform)
         if share < COVERED:
             self.parts, self.grid = parts, self.grid.cut(block(self.grid, parts))

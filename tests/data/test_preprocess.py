@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from regtool.data.preprocess import RIM, block, common, content, covered, shown
+from regtool.data.preprocess import RIM, block, common, content, covered, resolution, shown
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import resample, stay
@@ -76,3 +77,15 @@ def test_only_what_is_shown_has_to_be_covered() -> None:
 def test_common_blocks() -> None:
     assert common(((0.1, 0.6), (0.0, 1.0)), ((0.3, 0.9), (0.2, 0.4))) == ((0.3, 0.6), (0.2, 0.4))
     assert common(((0.0, 0.2), (0.0, 1.0)), ((0.3, 0.9), (0.2, 0.4))) == ((0.3, 0.9), (0.2, 0.4))
+
+
+def test_resolution_is_that_of_the_moving_voxels_seen_from_the_fixed_axes(ndim: int, orientation: str) -> None:
+    grid = replace(random_grid(ndim, orientation, 3), spacing=(1.0,) * ndim)
+    thick = replace(grid, spacing=(*[1.2] * (ndim - 1), 5.0))
+    assert resolution(grid, thick, stay(ndim)) == pytest.approx((*[0.0] * (ndim - 1), 5.0))
+    assert resolution(thick, grid, stay(ndim)) == (0.0,) * ndim
+    quarter = np.roll(np.eye(ndim), 1, axis=0)
+    turned = Transform((Affine(grid.rotation @ quarter @ grid.rotation.T, np.zeros(ndim)),))
+    assert resolution(grid, thick, turned) == pytest.approx(tuple(5.0 if quarter[-1, k] else 0.0 for k in range(ndim)))
+    halved = Transform((Affine(np.eye(ndim) / 2, np.ones(ndim)),))
+    assert resolution(grid, thick, halved) == pytest.approx((*[2.4] * (ndim - 1), 10.0))
