@@ -109,11 +109,12 @@ def bundle(run: Path, folder: Path, results: dict[str, Any]) -> str:
 
 
 def score(path: Path, results: dict[str, Any]) -> str:
-    """Writes the scores onto the card of a bundled model; a row of the table."""
+    """Writes the scores onto the card of a bundled model, where those of other sets stay; a row of the table."""
     card = read_card(path)
-    found = scores_of(card, results)
-    write_model(path, read_tensors(path), {**card, "training": {**card["training"], **found}})
-    return f"| {card['name']} | {', '.join(found.get('scores', {}))} |"
+    found = scores_of(card, results).get("scores", {})
+    scores = {**card["training"].get("scores", {}), **found}
+    write_model(path, read_tensors(path), {**card, "training": {**card["training"], **({"scores": scores} if scores else {})}})
+    return f"| {card['name']} | {', '.join(found)} |"
 
 
 def main() -> None:

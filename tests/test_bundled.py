@@ -220,7 +220,7 @@ def test_the_card_of_a_training_that_went_on_says_how(tmp_path: Path) -> None:
 
 
 def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ndim: int) -> None:
-    """A run becomes a model in half precision that says what it is, and moves things as it did; scores can be written anew."""
+    """A run becomes a model in half precision that says what it is, and moves things as it did; scores can be written anew, set by set."""
     script = example("bundle_weights")
     run, folder, results = tmp_path / "run", tmp_path / "weights", tmp_path / "results.json"
     run.mkdir()
@@ -241,14 +241,15 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "half precision" in card["training"]["stored"]
     assert card["parameters"]["grid"]["max_voxels"] == {2: 65_536, 3: 300_000}[ndim]
     assert resolve(None, ("method=pyramid",), ndim).model == path
-    rows["b"]["after"] = 0.8
-    results.write_text(json.dumps(rows))
+    results.write_text(json.dumps({"a": {**row, "refined": False, "after": 0.8}, "b": {**row, "set": "slices", "refined": True, "after": 0.9}}))
     before = read_tensors(path)
     monkeypatch.setattr("sys.argv", ["bundle_weights.py", "--results", str(results), "--folder", str(folder)])
     script.main()
     after, anew = read_tensors(path), load_model(path)[1]
     assert all(torch.equal(after[name], x) and after[name].dtype == x.dtype for name, x in before.items())
-    assert anew["training"]["scores"]["hearts"]["network and refining"] == 0.8
+    slices = {"measure": "Dice", "pairs": 3, "before": 0.5, "network and refining": 0.9}
+    hearts = {"measure": "Dice", "pairs": 3, "before": 0.5, "network": 0.8}
+    assert anew["training"]["scores"] == {"hearts": hearts, "slices": slices}  # a set is written anew, the others stay
     anew["training"]["scores"] = card["training"]["scores"]
     assert anew == card
     monkeypatch.setattr("sys.argv", ["bundle_weights.py", "--folder", str(folder)])
