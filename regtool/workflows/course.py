@@ -158,8 +158,8 @@ class Course:
             return float(similarity(self.target, self.tensor(self.moving, transform, self.grid), self.measure, weight))
 
     def settle_view(self) -> None:
-        """Where the aligned moving image leaves out much of what the fixed one shows, only the block that it covers is compared from here on: at the
-        border of a field of view images differ, and a field that mends that tears what lies beyond.
+        """With the images aligned, the fixed one is as blurred as the moving one from here on: blur is no motion. Where the moving image leaves out much
+        of what the fixed one shows, only the block that it covers is compared: a field that mends the border of a field of view tears what is there.
         """
         self.least = resolution(self.fixed.grid, self.moving.grid, self.transform)
         if any(self.least):
@@ -167,7 +167,7 @@ class Course:
             self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
             self.score = self.measured(self.transform)
         share, parts = covered(self.fixed, self.moving.grid, self.transform)
-        if share < COVERED:
+        if 0 < share < COVERED:
             self.parts, self.grid = parts, self.grid.cut(block(self.grid, parts))
             self.view = Image(torch.ones(1, *self.moving.grid.shape), self.moving.grid)
             self.guides = replace(self.guides, moving_mask=self.guides.moving_mask or self.view)
