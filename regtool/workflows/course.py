@@ -158,8 +158,8 @@ class Course:
             return float(similarity(self.target, self.tensor(self.moving, transform, self.grid), self.measure, weight))
 
     def settle_view(self) -> None:
-        """With the images aligned, the fixed one is as blurred as the moving one from here on: blur is no motion. Where the moving image leaves out much
-        of what the fixed one shows, only the block that it covers is compared: a field that mends the border of a field of view tears what is there.
+        """With the images aligned, the fixed one is as blurred as the moving one from here on: blur is no motion. Where the moving image leaves out
+        much of what the fixed one shows, only the block that it covers is compared: a field that mends the border of a view tears what is there.
         """
         self.least = resolution(self.fixed.grid, self.moving.grid, self.transform)
         if any(self.least):
