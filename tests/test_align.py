@@ -164,7 +164,7 @@ def picture_of(size: int, kind: str = "") -> Image:
     return Image(seen(grid).data, Grid.regular((size, size)))
 
 
-@pytest.mark.parametrize("size", [40, 64, 200, 256])
+@pytest.mark.parametrize("size", [40, 256])
 def test_pictures_without_a_pixel_size_show_the_same_field_of_view(size: int) -> None:
     fixed, moving = picture_of(128), picture_of(size)
     for method in ("auto", "affine"):
