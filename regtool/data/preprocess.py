@@ -174,7 +174,7 @@ def resolution(fixed: Grid, moving: Grid, transform: Transform) -> tuple[float, 
     """
     points = np.vstack([np.zeros(fixed.ndim), fixed.rotation.T * np.array(fixed.spacing)[:, None]]) + fixed.centre
     first, *ends = moving.to_index(transform_points(transform, points))
-    wide = [1 / max(float(np.linalg.norm(end - first)), 1e-6) for end in ends]
+    wide = [min(1 / max(float(np.linalg.norm(end - first)), 1e-6), n) for end, n in zip(ends, fixed.size, strict=True)]  # a flat map ends there
     return tuple(w * s if w > COARSER else 0.0 for w, s in zip(wide, fixed.spacing, strict=True))
 
 

@@ -87,5 +87,7 @@ def test_resolution_is_that_of_the_moving_voxels_seen_from_the_fixed_axes(ndim: 
     quarter = np.roll(np.eye(ndim), 1, axis=0)
     turned = Transform((Affine(grid.rotation @ quarter @ grid.rotation.T, np.zeros(ndim)),))
     assert resolution(grid, thick, turned) == pytest.approx(tuple(5.0 if quarter[-1, k] else 0.0 for k in range(ndim)))
+    flat = Transform((Affine(np.zeros((ndim, ndim)), np.zeros(ndim)),))
+    assert resolution(grid, grid, flat) == pytest.approx(grid.size)
     halved = Transform((Affine(np.eye(ndim) / 2, np.ones(ndim)),))
     assert resolution(grid, thick, halved) == pytest.approx((*[2.4] * (ndim - 1), 10.0))
