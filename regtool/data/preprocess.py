@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.grid import Grid
+from regtool.geometry.grid import Array, Grid
 from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import resample, resize_voxels, transform_points, warp
 from regtool.parameters import Grid as GridParameters
@@ -83,10 +83,15 @@ def common(one: Parts, other: Parts) -> Parts:
     return both if all(low < high for low, high in both) else other
 
 
+def view(grid: Grid) -> Image:
+    """A mask of all that the grid covers: one voxel as large as that."""
+    return Image(torch.ones(1, *[1] * grid.ndim), grid.resized([1] * grid.ndim))
+
+
 def covered(fixed: Image, moving: Grid, transform: Transform) -> tuple[float, Parts]:
     """How much of what the fixed image shows lies within the moving one's field of view, 0 to 1, and the block of the fixed grid that mostly does."""
     grid = network_grid(fixed.grid, GridParameters(), LATTICE)
-    inside = warp(Image(torch.ones(1, *moving.shape), moving), transform, grid, outside=0.0).data[0] > 0.5
+    inside = warp(view(moving), transform, grid, outside=0.0).data[0] > 0.5
     there = _there(resample(fixed, grid))
     if not bool(inside.any()):
         return 0.0, ((0.0, 1.0),) * grid.ndim
@@ -172,9 +177,10 @@ def resolution(fixed: Grid, moving: Grid, transform: Transform) -> tuple[float, 
     """Mm along each axis of the fixed grid: how wide voxels of the moving image are there, where they are clearly wider (COARSER) than the fixed
     ones; else 0. Of thick slices that lie askew, the ellipsoid in the voxel.
     """
-    points = np.vstack([np.zeros(fixed.ndim), fixed.rotation.T * np.array(fixed.spacing)[:, None]]) + fixed.centre
-    first, *ends = moving.to_index(transform_points(transform, points))
-    wide = [min(1 / max(float(np.linalg.norm(end - first)), 1e-6), n) for end, n in zip(ends, fixed.size, strict=True)]  # a flat map ends there
+    steps = transform_points(transform, fixed.centre + np.vstack([np.zeros(fixed.ndim), fixed.matrix.T]))
+    with np.errstate(divide="ignore"):
+        reach = _reach((steps[1:] - steps[0]) @ moving.rotation, moving)
+    wide = np.minimum(reach, fixed.size).tolist()  # a flat map ends there
     return tuple(w * s if w > COARSER else 0.0 for w, s in zip(wide, fixed.spacing, strict=True))
 
 
@@ -223,10 +229,13 @@ def prepared_voxels(own: Grid, grid: Grid) -> int:
 
 def _coarsening(own: Grid, grid: Grid) -> tuple[list[float], list[int]]:
     """Along each axis of `own`: voxels in one of `grid`, and every how manieth is kept, which is still twice as fine as the grid."""
-    directions = own.rotation.T @ grid.rotation  # own axes in terms of the grid's axes
-    reach = 1 / np.sqrt(((directions / np.array(grid.spacing)) ** 2).sum(axis=1))  # grid spacing along each own axis
-    ratios = (reach / np.array(own.spacing)).tolist()
+    ratios = (_reach(own.rotation.T @ grid.rotation, grid) / np.array(own.spacing)).tolist()
     return ratios, [max(1, int(ratio / 2)) if ratio > 1.2 else 1 for ratio in ratios]
+
+
+def _reach(directions: Array, grid: Grid) -> Array:
+    """How often each of (K, D) directions, mm in terms of the grid's axes, goes into a voxel of the grid: into the ellipsoid in it."""
+    return np.asarray(1 / np.sqrt(((directions / np.array(grid.spacing)) ** 2).sum(axis=1)))
 
 
 def _blurred(data: torch.Tensor, axis: int, sigma: float, stride: int) -> torch.Tensor:

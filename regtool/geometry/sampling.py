@@ -39,7 +39,7 @@ def linear(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """
     count = points[0].numel() // points.shape[-1]
     if image.device.type != "cpu" or torch.get_num_threads() <= len(image) or count < FEW[points.shape[-1]] or _pieces(count, PIECES) == 1:
-        return F.grid_sample(image, points, mode="bilinear", padding_mode="border", align_corners=True)
+        return _read(image, points)
     return _Linear.apply(image, points)  # type: ignore[no-untyped-call]
 
 
@@ -247,12 +247,16 @@ def _apply_affine(affine: Affine, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _read(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    return F.grid_sample(image, points, mode="bilinear", padding_mode="border", align_corners=True)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(image, points)
         pairs = zip(image.split(1), points, strict=True)
-        values = [F.grid_sample(*_shared(x, at, PIECES), mode="bilinear", padding_mode="border", align_corners=True) for x, at in pairs]
+        values = [_read(*_shared(x, at, PIECES)) for x, at in pairs]
         return torch.stack([value.transpose(0, 1) for value in values]).reshape(*image.shape[:2], *points.shape[1:-1])
 
     @staticmethod

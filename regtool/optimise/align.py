@@ -78,7 +78,7 @@ def _scaled(name: str) -> str:
 
 
 def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed_mask: Image | None, moving_mask: Image | None) -> Alignment:
-    """One try."""
+    """As `align`, with the pixels as large as the headers say."""
     stay = Affine.identity(fixed.grid.ndim)
     if method == "none":
         return Alignment("none", stay, {})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, resolution, to_network
+from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, resolution, to_network, view
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
 from regtool.geometry.grid import Grid
@@ -92,7 +92,7 @@ class Course:
         self.grid = grid
         self.parts: Parts = ((0.0, 1.0),) * grid.ndim  # of the fixed grid, that are compared
         self.least: tuple[float, ...] = ()  # mm: voxels of the moving image along the axes of the fixed one, where they are wider
-        self.view: Image | None = None  # ones where the moving image is, if that leaves out much
+        self.view: Image | None = None  # a mask of all that the moving image covers, if that leaves out much
         scaling = setup.parameters.preprocess
         self.greys = one_channel(fixed, scaling, weights), one_channel(moving, scaling, weights)
         self._ready: dict[tuple[int, tuple[int, ...]], Image] = {}
@@ -111,7 +111,7 @@ class Course:
         still = image in (self.fixed, self.greys[0])
         if key not in self._ready:
             mask = self.guides.fixed_mask if still else self.guides.moving_mask
-            counting = image if mask is None else continued(image, mask)
+            counting = image if mask is None or mask is self.view else continued(image, mask)
             self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess, self.least if still else ())
         seen = to_network(self._ready[key], transform, grid)
         if self.view is not None and not still:
@@ -162,21 +162,19 @@ class Course:
         much of what the fixed one shows, only the block that it covers is compared: a field that mends the border of a view tears what is there.
         """
         self.least = resolution(self.fixed.grid, self.moving.grid, self.transform)
-        if any(self.least):
-            self.forget()
-            self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
-            self.score = self.measured(self.transform)
         share, parts = covered(self.fixed, self.moving.grid, self.transform)
         if 0 < share < COVERED:
             self.parts, self.grid = parts, self.grid.cut(block(self.grid, parts))
-            self.view = Image(torch.ones(1, *self.moving.grid.shape), self.moving.grid)
+            self.view = view(self.moving.grid)
             self.guides = replace(self.guides, moving_mask=self.guides.moving_mask or self.view)
-            self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
-            self.score = self.measured(self.transform)
             log.warning(
                 "%sthe moving image covers %.0f %% of what the fixed one shows; beyond, the displacement goes on as at the border",
                 self.setup.whose, 100 * share,
             )  # fmt: skip
+        if any(self.least) or self.view is not None:
+            self.forget()
+            self.target = self.tensor(self.fixed, stay(self.grid.ndim), self.grid)
+            self.score = self.measured(self.transform)
 
     def settle_measure(self) -> None:
         """With the images aligned, `auto` becomes the similarity that suits them; the score is that one's from here on."""
