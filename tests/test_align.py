@@ -500,3 +500,16 @@ def test_head_and_average_head_agree_both_ways() -> None:
     around = back.affine.after(there.affine)
     points = head.grid.to_physical((head.data[0] > head.data.mean()).nonzero().numpy()[::97, ::-1].astype(float))
     assert np.linalg.norm(transform_points(through(around), points) - points, axis=1).mean() < 4
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("side", ["fixed", "moving"])
+def test_an_average_head_with_its_brain_mask_is_found_as_without(side: str) -> None:
+    """The brain alone leads away, 20 mm and more; from the place of the whole heads it does not."""
+    head, average, mask = (read_image(DATA / "native_to_mni" / name) for name in ("T1w2mm.nii.gz", "avg152T1.nii.gz", "avg152T1_brain_mask.nii.gz"))
+    images = (average, head) if side == "fixed" else (head, average)
+    whole, brain = align(*images, "auto", stay(3)), align(*images, "auto", stay(3), **{f"{side}_mask": mask})
+    points = mask.grid.to_physical(mask.data[0].nonzero().numpy()[::97, ::-1].astype(float))
+    if side == "moving":
+        points = transform_points(through(whole.affine.inverse()), points)
+    assert np.linalg.norm(transform_points(through(brain.affine), points) - transform_points(through(whole.affine), points), axis=1).mean() < 6

@@ -85,6 +85,19 @@ def test_real_pairs(fixed: str, moving: str, expected: str) -> None:
     assert similarity_for(a, b)[0] == expected
 
 
+@pytest.mark.data
+@pytest.mark.parametrize("masks", [("fixed",), ("moving",), ("fixed", "moving")])
+def test_a_mask_is_no_other_modality(masks: tuple[str, ...]) -> None:
+    """Lungs cut out of one CT, and the whole chest: one modality still, and the landmarks come together as without masks."""
+    folder, names = DATA / "lungct_pair", {"fixed": "baseline", "moving": "followup"}
+    images = [read_image(folder / f"{name}.mha") for name in names.values()]
+    guides = {f"{side}_mask": folder / f"{names[side]}_mask.mha" for side in masks}
+    points = {f"{side}_landmarks": folder / f"{name}_landmarks.csv" for side, name in names.items()}
+    report = register(Request(*images, overrides=("run.qc=false", "refine.max_voxels=200000"), **guides, **points)).report
+    assert report["similarity"]["name"] == "lncc"
+    assert report["after"]["tre_mm"]["mean"] < 2
+
+
 def test_auto_is_what_is_written(tmp_path: Path) -> None:
     fixed, moving = phantom(2)
     register(Request(fixed, moving, tmp_path / "out", overrides=QUICK))

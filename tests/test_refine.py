@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from regtool.data.batch import Batch
 from regtool.deformation.smooth import spread
@@ -119,6 +120,21 @@ def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float, monkeypat
     torch.testing.assert_close(hardly_more, refine(pair, None, stiff, Similarity()).displacement, rtol=0, atol=0)
     asked_for = refine(pair, None, settings.model_copy(update={"diffusion": 1.0}), Similarity()).displacement
     assert not torch.equal(found.displacement, asked_for)
+
+
+def test_a_voxel_counts_the_same_however_many_do_not(ndim: int) -> None:
+    """Against the roughness of all voxels stands the SUM over those that count: a masked margin of other structure adds nothing to it."""
+    fixed = textured(ndim)
+    moving = warp_voxels(fixed, smooth_field(Grid.regular(SHAPE[:ndim]), 2.0, 4).data[None])
+    once = Refine(levels=1, iterations=1)
+    alone = refine(Batch(fixed, moving), None, once, Similarity(name="mse")).losses[0] * fixed.numel()
+    sides = [14] * 2 * ndim
+    mask = F.pad(torch.ones_like(fixed), sides)
+    padded = [torch.where(mask > 0, F.pad(image, sides), torch.rand(mask.shape)) for image in (fixed, moving)]
+    for batch in (Batch(*padded, mask), Batch(*padded, None, mask), Batch(*padded, mask, mask)):
+        assert refine(batch, None, once, Similarity(name="mse")).losses[0] * mask.numel() == pytest.approx(alone, rel=1e-4)
+        both = refine(batch, None, once.model_copy(update={"symmetric": True}), Similarity(name="mse")).losses[0]
+        assert both * mask.numel() == pytest.approx(alone, rel=1e-4)
 
 
 def test_what_is_trusted_of_a_start_is_no_roughness(ndim: int) -> None:

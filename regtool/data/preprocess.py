@@ -22,6 +22,7 @@ QUANTILE_SAMPLES = 1_000_000
 LEAST_SHARE = 0.5  # of an image that makes the grid of what it shows finer: all of it has to be carried along
 COARSER = 1.5  # times a voxel: from there on an image is smoothed to be as blurred as the other
 LATTICE = 60_000  # voxels on which it is asked what the moving image covers
+HOLES = 0.25  # of what an image shows: a mask that leaves out more is there for an organ, one that leaves out less for what is no anatomy
 RIM = 0.02  # of each axis, around what there is to see
 
 
@@ -46,11 +47,13 @@ def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None
     return fixed if tuple(size.tolist()) == fixed.size else fixed.resized(tuple(size.tolist()))
 
 
-def content(image: Image) -> Parts:
+def content(image: Image, mask: Image | None = None) -> Parts:
     """The block that holds what there is to see, as parts of the array's axes from 0 to 1: beyond it all is as in the first voxel, within 1 % of
-    the range of intensities; and a rim of 2 % of each axis.
+    the range of intensities, or does not count; and a rim of 2 % of each axis. mask: above one half where the image counts, on any grid.
     """
     there = _there(image)
+    if mask is not None:
+        there &= resample(mask, image.grid, 0.0).data[0] > 0.5
     out = []
     for axis, n in enumerate(there.shape):
         planes = there.movedim(axis, 0).flatten(1).any(1).nonzero()
@@ -192,6 +195,14 @@ def continued(image: Image, mask: Image) -> Image:
     """
     known = (resample(mask, image.grid, 0.0).data > 0.5).to(image.data.dtype)
     return image if bool(known.all()) or not bool(known.any()) else Image(_filled(image.data[None], known[None])[0], image.grid)
+
+
+def within(image: Image, mask: Image) -> Image:
+    """What networks and similarities see of an image with a mask: the image `continued` beyond the mask where that leaves out little (HOLES) of what
+    is shown; else the image as it is, for beside an organ cut out on one side alone the other image looks like another modality.
+    """
+    shown, left_out = _there(image), resample(mask, image.grid, 0.0).data[0] <= 0.5
+    return continued(image, mask) if int((shown & left_out).sum()) <= HOLES * int(shown.sum()) else image
 
 
 def to_network(ready: Image, transform: Transform, grid: Grid) -> torch.Tensor:

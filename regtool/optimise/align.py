@@ -46,7 +46,8 @@ def align(
 ) -> Alignment:
     """The affine, applied before `initial`, that `method` asks for; `auto` tries all and keeps the headers unless another is clearly better.
 
-    Only what the masks mark (above zero) is compared. The score is mutual information times a power of the overlap, see `regtool.optimise.affine`.
+    Only what the masks mark (above zero) is compared; where the images lie best as a whole is one of the starts. The score is mutual information
+    times a power of the overlap, see `regtool.optimise.affine`.
     """
     found = _aligned(fixed, moving, method, initial, fixed_mask, moving_mask)
     scale = _scale(fixed.grid, moving.grid)
@@ -82,29 +83,43 @@ def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed
     stay = Affine.identity(fixed.grid.ndim)
     if method == "none":
         return Alignment("none", stay, {})
-    before, moving, moving_mask = _brought(fixed, moving, initial, moving_mask)
-    pyramid = levels(fixed, moving, fixed_mask, moving_mask)
+    before, there, inside = _brought(fixed, moving, initial, moving_mask)
+    hints: dict[str, Affine] = {}
+    if fixed_mask is not None or moving_mask is not None:  # an organ alone may lead astray
+        _, whole, everywhere = _brought(fixed, moving, initial, None)
+        hints, _ = _candidates(levels(fixed, whole, None, everywhere), fixed.grid, moving.grid, method, before, {})
+    pyramid = levels(fixed, there, fixed_mask, inside)
+    found, turned = _candidates(pyramid, fixed.grid, moving.grid, method, before, hints)
+    similarity = {name: score(pyramid[-1], before.after(affine)) for name, affine in found.items()}
+    unsaid = turned if fixed.grid.bare or moving.grid.bare else ""
+    name = _chosen(pyramid[-1], found, similarity, before, unsaid) if method == "auto" else method
+    return Alignment(name, found[name], similarity)
+
+
+def _candidates(
+    pyramid: list[Level], fixed: Grid, moving: Grid, method: str, before: Affine, hints: dict[str, Affine]
+) -> tuple[dict[str, Affine], str]:
+    """What `method` has to choose from, by name, and which of it a turn by right angles has won. hints: further starts, of the name's own kind."""
+    stay = Affine.identity(fixed.ndim)
     from_mass, to_mass = pyramid[-1].centres
     found, turned = {"none": stay}, ""
     if method != "moments":
-        found["center"] = _onto(np.eye(stay.ndim), fixed.grid.centre, moving.grid.centre, before)
+        found["center"] = _onto(np.eye(stay.ndim), fixed.centre, moving.centre, before)
     if method != "center":
         found["moments"] = _onto(np.eye(stay.ndim), from_mass, to_mass, before)
     if method in ("auto", "rigid", "affine"):
         straight = list(found.values())
         for name in ("rigid", "affine") if method == "auto" else (method,):
             summit, rival = _starts(pyramid[0], straight, before, rigid=name == "rigid")
+            hint = [hints[name]] if name in hints else []
             for level in pyramid:
-                summit = climbed(level, _best(level, [*found.values(), summit], before), before, rigid=name == "rigid")
+                summit = climbed(level, _best(level, [*found.values(), summit, *hint], before), before, rigid=name == "rigid")
                 rival = None if rival is None else climbed(level, rival, before, rigid=name == "rigid")
             found[name] = summit
             least = TURNS_WORTH[stay.ndim] if len(pyramid) > 1 else TURNS_WORTH_SMALL
             if rival is not None and score(pyramid[-1], before.after(rival)) > least * score(pyramid[-1], before.after(summit)):
                 found[name], turned = rival, name
-    similarity = {name: score(pyramid[-1], before.after(affine)) for name, affine in found.items()}
-    unsaid = turned if fixed.grid.bare or moving.grid.bare else ""
-    name = _chosen(pyramid[-1], found, similarity, before, unsaid) if method == "auto" else method
-    return Alignment(name, found[name], similarity)
+    return found, turned
 
 
 def _brought(fixed: Image, moving: Image, initial: Transform, mask: Image | None) -> tuple[Affine, Image, Image | None]:

@@ -24,12 +24,14 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.image import Image
 from regtool.geometry.sampling import linearised, resample, resize_voxels, warp_voxels
 from regtool.losses import RAISED, similarity
+from regtool.losses.means import total
 from regtool.losses.regularity import diffusion
 from regtool.losses.supervision import landmark_distance, soft_dice
 from regtool.parameters import Measure, Refine
 
 SMALLEST = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
-FLAT = 1e-4  # a level ends where this much is not gained in a tenth of its iterations
+FLAT = 1e-4  # a level ends where this much, of what the masks let count, is not gained in a tenth of its iterations and at least PATIENCE of them
+PATIENCE = 5  # the first, long steps may lose what the next ones gain; with 3 T1 and T2 within a mask ended 0.2 mm worse
 STEPS = (1.5, 0.45)  # times `step_voxels`: at first, and at the end of a level, where small steps settle what large ones have found
 LAST = 5 / 6  # of the iterations are enough at the finest level, unless another similarity takes over there
 STRAIGHT = 2  # steps for which the warped image is taken to change linearly with the displacement; with 3 `ngf` ends too early, supple fields too far
@@ -71,8 +73,10 @@ def refine(
     spacing: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Refined:
-    """Lowers `-similarity + diffusion * roughness` of the displacement less what is TRUSTED of the start, and the terms of labels and landmarks that
-    `parameters` ask for; the similarity is what RAISED has for that of `measure`, at the finest level for `parameters.finest` or what FINEST says.
+    """Lowers `-share * similarity + diffusion * roughness` of the displacement less what is TRUSTED of the start, and the terms of labels and
+    landmarks that `parameters` ask for; share: of the voxels that masks let count, so that each of those does as much as without masks.
+
+    The similarity is what RAISED has for that of `measure`, at the finest level for `parameters.finest` or what FINEST says.
     Where nothing is said of stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED, or a supple one hardly further (WORTH), get such
     a field, others one as STIFFNESS says.
 
@@ -93,12 +97,12 @@ def refine(
     settled: Stiffness | None = None
     last = math.ceil(LAST * iterations) if measure.name == finest.name else iterations
     trusted = TRUSTED.get((measure.name, len(size)), 0.0) if start is not None else 0.0
-    displacement, losses, total = start, [], iterations * (len(levels) - 1 + (asked is not None)) + last
+    displacement, losses, steps_in_all = start, [], iterations * (len(levels) - 1 + (asked is not None)) + last
 
     def told(loss: float) -> None:
         losses.append(loss)
         if progress is not None:
-            progress("refining", len(losses), total, loss)
+            progress("refining", len(losses), steps_in_all, loss)
 
     def lncc(images: Batch, u: torch.Tensor) -> float:
         view = _view(images, u)
@@ -147,26 +151,28 @@ def _lowered(
     optimiser = Adam(raw, own.step_voxels)
     if expected is not None:
         expected = spread(resize_voxels(expected, fewer), size, times)  # what a field of this stiffness can have of it
-    patience = max(3, iterations // 10)
+    patience = max(PATIENCE, iterations // 10)
+    weight = _view(pair, start).weight
+    share = 1.0 if weight is None else float(total(weight)) / weight.numel()
     losses: list[float] = []
     for step in range(iterations):
         u = spread(raw, size, times)
         rough = diffusion(u if expected is None else u - expected, relative)
         if parameters.symmetric:
-            apart = _both_ways(pair, u, parameters, measure)
+            apart = _both_ways(pair, u, parameters, measure, share)
         else:
             if step % STRAIGHT == 0:
                 view = _view(pair, u, straight=True)
-            apart = _objective(pair, u, view, parameters, measure)
+            apart = _objective(pair, u, view, parameters, measure, share)
         loss = own.diffusion * rough + apart
         (gradient,) = torch.autograd.grad(loss, raw)
         optimiser.rate = own.step_voxels * (STEPS[0] + (STEPS[1] - STEPS[0]) * step / iterations)
         optimiser.step(gradient)
         losses.append(float(loss.detach()))
         told(losses[-1])
-        if step >= 2 * patience and min(losses[:-patience]) - min(losses[-patience:]) < FLAT:
+        if step >= 2 * patience and min(losses[:-patience]) - min(losses[-patience:]) < FLAT * share:
             break
-    fell = bool(losses) and losses[0] - losses[-1] > FLAT  # Adam takes whole steps even where nothing is left to gain
+    fell = bool(losses) and losses[0] - losses[-1] > FLAT * share  # Adam takes whole steps even where nothing is left to gain
     return spread(raw.detach(), size, times) if fell else start
 
 
@@ -208,16 +214,16 @@ def _view(pair: Batch, u: torch.Tensor, straight: bool = False) -> View:
     return View(linearised(pair.moving, u) if straight else functools.partial(warp_voxels, pair.moving), weight)
 
 
-def _both_ways(pair: Batch, velocity: torch.Tensor, parameters: Refine, measure: Measure) -> torch.Tensor:
+def _both_ways(pair: Batch, velocity: torch.Tensor, parameters: Refine, measure: Measure, share: float) -> torch.Tensor:
     """What is lowered beside roughness by a velocity: the mean of there and back."""
     ways = zip((pair, pair.swapped()), exponential(torch.cat([velocity, -velocity]), SQUARINGS).chunk(2), strict=True)
-    there, back = (_objective(images, u, _view(images, u), parameters, measure) for images, u in ways)
+    there, back = (_objective(images, u, _view(images, u), parameters, measure, share) for images, u in ways)
     return (there + back) / 2
 
 
-def _objective(pair: Batch, u: torch.Tensor, view: View, parameters: Refine, measure: Measure) -> torch.Tensor:
+def _objective(pair: Batch, u: torch.Tensor, view: View, parameters: Refine, measure: Measure, share: float) -> torch.Tensor:
     """Minus the similarity, and what labels and landmarks say."""
-    loss = -similarity(pair.fixed, view.warped(u), measure, view.weight, RAISED)
+    loss = -share * similarity(pair.fixed, view.warped(u), measure, view.weight, RAISED)
     if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
         loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
     if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from regtool.data.batch import Batch
-from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, resolution, to_network, view
+from regtool.data.preprocess import Parts, block, continued, covered, network_grid, one_channel, prepared, resolution, to_network, view, within
 from regtool.engines._engine import Engine
 from regtool.engines._model import load_model
 from regtool.geometry.grid import Grid
@@ -111,7 +111,7 @@ class Course:
         still = image in (self.fixed, self.greys[0])
         if key not in self._ready:
             mask = self.guides.fixed_mask if still else self.guides.moving_mask
-            counting = image if mask is None or mask is self.view else continued(image, mask)
+            counting = image if mask is None or mask is self.view else within(image, mask)
             self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess, self.least if still else ())
         seen = to_network(self._ready[key], transform, grid)
         if self.view is not None and not still:

@@ -73,7 +73,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     check_pair(target, source)
     limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
     cuts = parameters.refine.iterations > 0 and parameters.measure.name in ("auto", "lncc") and not parameters.refine.symmetric
-    parts = content(target) if cuts else ()
+    parts = content(target, guides.fixed_mask) if cuts else ()
     plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), parts)
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from regtool.data.preprocess import RIM, block, common, content, covered, resolution, shown
+from regtool.data.preprocess import HOLES, RIM, block, common, content, continued, covered, resolution, shown, within
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import resample, stay
@@ -26,6 +26,33 @@ def test_content_is_the_block_beyond_which_nothing_changes(ndim: int, orientatio
     assert content(Image(data, grid)) == (first, *[(0.0, 1.0)] * (ndim - 1))
     assert content(Image(data[1:] * 0, grid)) == ((0.0, 1.0),) * ndim
     assert content(Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(0)), grid)) == ((0.0, 1.0),) * ndim
+
+
+def test_content_is_what_counts_too(ndim: int, orientation: str) -> None:
+    """The mask on a grid of its own, and 1 but for a hole, which starts at the first voxel."""
+    grid = random_grid(ndim, orientation, 3, 20, 30)
+    image = Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(0)), grid)
+    organ, hole = torch.zeros(1, *grid.shape), torch.ones(1, *grid.shape)
+    organ[(0, *[slice(4, 9)] * ndim)] = 1.0
+    hole[(0, *[slice(0, 5)] * ndim)] = 0.0
+    assert content(image, Image(organ, grid)) == tuple((4 / n - RIM, 9 / n + RIM) for n in grid.shape)
+    assert content(image, resample(Image(organ, grid), grid.resized(tuple(2 * n for n in grid.size)), 0.0)) == content(image, Image(organ, grid))
+    assert content(image, Image(hole, grid)) == content(image, Image(0 * organ, grid)) == ((0.0, 1.0),) * ndim
+
+
+def test_an_image_is_continued_over_a_hole_and_kept_around_an_organ(ndim: int, orientation: str) -> None:
+    grid = random_grid(ndim, orientation, 3, 20, 30)
+    data = torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(0))
+    data[0, : grid.shape[0] // 2] = 0.0  # half of it shows nothing: what a mask leaves out there is neither hole nor organ
+    image, rows = Image(data, grid), torch.arange(grid.shape[0]).reshape(-1, *[1] * (ndim - 1)).expand(grid.shape)
+    for left_out, filled in ((0, True), (0.5 + HOLES / 2 - 0.1, True), (0.5 + HOLES / 2 + 0.05, False)):
+        mask = Image((rows >= left_out * grid.shape[0]).float()[None], grid)
+        assert torch.equal(within(image, mask).data, (continued(image, mask) if filled else image).data), left_out
+    bright = data.clone()
+    bright[(0, *[slice(-4, -1)] * ndim)] = 50.0
+    implant = Image((bright < 2).float(), grid)
+    assert float(within(Image(bright, grid), implant).data.max()) <= 1.0
+    assert torch.equal(within(Image(bright, grid), implant).data[bright < 2], bright[bright < 2])
 
 
 def test_what_is_shown_has_the_voxels_that_were_planned(ndim: int, orientation: str) -> None:
