@@ -28,6 +28,7 @@ TURNS_WORTH, TURNS_WORTH_SMALL = {2: 1.2, 3: 1.35}, 1.5
 ANGLE = math.radians(20)  # and SIZES: what further starts differ by from the centres of mass
 SIZES = (1 / 1.2, 1.0, 1.2)
 SHORT = 0.5  # voxels of the coarsest level: starts no farther apart than that are one
+SCALED = "scaled"  # what the name of an alignment begins with whose pixels are not as large as the headers say
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Alignment:
     name: str
     affine: Affine
     similarity: dict[str, float]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the images are taken to show equally large fields of view, whatever their pixels."""
+        return self.name.startswith(SCALED)
 
 
 def align(
@@ -75,7 +81,7 @@ def _nothing(initial: Transform) -> bool:
 
 
 def _scaled(name: str) -> str:
-    return "scaled" if name == "none" else f"scaled, {name}"
+    return SCALED if name == "none" else f"{SCALED}, {name}"
 
 
 def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed_mask: Image | None, moving_mask: Image | None) -> Alignment:

@@ -127,7 +127,7 @@ def _align(course: Course) -> None:
         note = "the headers already agree" if found.similarity else "not asked for"
         course.stages.append(Stage("align", False, time.perf_counter() - started, course.score, note))
         return
-    if found.name.startswith("scaled"):
+    if found.scaled:
         log.warning("%sno pixel size in the headers: the pictures are taken to show equally large fields of view", course.setup.whose)
     course.offer("align", Transform((found.affine,)).then(course.transform).simplified(), started, found.name, forced=method != "auto")
 
