@@ -15,7 +15,7 @@ from regtool.deformation.smooth import spread
 from regtool.geometry.fields import compose_voxels, corner_determinant, jacobian_determinant
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import DisplacementField, Image, Transform
-from regtool.geometry.sampling import warp_voxels
+from regtool.geometry.sampling import warp, warp_voxels
 from regtool.optimise import refine as refining
 from regtool.optimise.refine import STIFF, STIFFNESS, Adam, _levels, refine
 from regtool.parameters import Measure, Refine, Similarity
@@ -261,3 +261,26 @@ def test_symmetric_refining_gives_the_inverse_for_exchanged_images(ndim: int) ->
     middle = (slice(None), slice(None), *[slice(6, -6)] * ndim)  # nearer to the border points leave the image
     assert float(compose_voxels(back, there)[middle].norm(dim=1).mean()) < 0.02
     assert float(corner_determinant(there[0]).min()) > 0
+
+
+@pytest.mark.parametrize("kind", ["flipped", "moved"])
+def test_symmetric_refining_after_a_network_does_not_fold(ndim: int, kind: str) -> None:
+    """Neither of both fields folds by itself; seen on the voxels, one after the other did."""
+    fixed = Image(textured(ndim)[0], Grid.regular(SHAPE[:ndim]))
+    moved = warp(fixed, Transform((smooth_field(fixed.grid, 5.0, 4),)), fixed.grid)
+    moving = Image(fixed.data.flip(-1), fixed.grid) if kind == "flipped" else moved
+    found = register(Request(fixed, moving, overrides=(*ALONE, "align.method=none", "measure.name=lncc", "refine.symmetric=true"))).report
+    assert [stage["name"] for stage in found["stages"] if stage["kept"]][-2:] == ["network pass 3", "refine"]
+    assert found["jacobian"]["folding_percent"] == 0
+
+
+def test_refining_after_an_initial_field_does_not_fold(ndim: int, tmp_path: Path) -> None:
+    fixed = Image(textured(ndim)[0], Grid.regular(SHAPE[:ndim]))
+    moving = Image(fixed.data.flip(-1), fixed.grid)
+    options = (*ALONE, "align.method=none", "measure.name=lncc", "run.model=none")
+    register(Request(fixed, moving, tmp_path / "first", overrides=options))
+    initial = f"run.initial_transform={tmp_path}/first/transform.h5"
+    again = register(Request(fixed, moving, overrides=(*options, initial))).report
+    assert again["stages"][-1]["name"] == "refine" and again["stages"][-1]["kept"]
+    assert again["jacobian"]["folding_percent"] == 0
+    assert again["similarity"]["after"] > again["similarity"]["before"]

@@ -17,7 +17,7 @@ from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.fields import JacobianStatistics, corner_determinant, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image, Transform
+from regtool.geometry.image import Affine, DisplacementField, Image, Transform
 from regtool.geometry.sampling import displacement_on, grid_points, resample, stay, transform_points, warp
 from regtool.geometry.unfold import unfolded
 from regtool.optimise.align import align
@@ -30,6 +30,7 @@ from regtool.workflows.planner import Plan, make_plan
 from regtool.workflows.runtime import Clock, memory_limit_bytes
 
 log = logging.getLogger("regtool")
+MIRRORED = 50  # % of the voxels: where more fold, the transform turns space over by intention
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,21 @@ def _beyond(displacement: torch.Tensor, grid: Grid, cut: Sequence[slice]) -> Dis
 
 
 def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:
-    """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails."""
+    """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails.
+
+    Where `base` bends too (an initial field, or that of a network before a symmetric one), what both become on the fixed voxels is repaired and
+    offered: one after the other may fold where neither does.
+    """
     field, folding, note = _repaired(field, course.setup.parameters)
+    candidate = Transform((field,)).then(base).simplified()
+    if sum(not isinstance(part, Affine) for part in candidate.parts) > 1:
+        whole = displacement_on(candidate, course.fixed.grid)
+        if 0 < _folding_percent(whole) < MIRRORED:
+            whole, folding, note = _repaired(whole, course.setup.parameters)
+            candidate = Transform((whole,)) if note else candidate
     deformed = any(stage.kept and stage.name != "align" for stage in course.stages)
     least = LEAST if deformed else LEAST_OF.get(course.measure.name, LEAST)
-    taken = course.offer(name, Transform((field,)).then(base).simplified(), started, note, folding, least)
+    taken = course.offer(name, candidate, started, note, folding, least)
     if not taken:
         harmless = extra or (name == "network" and course.setup.by_default) or course.stages[-1].reason.endswith(ENOUGH)
         log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", course.setup.whose, name, course.stages[-1].reason)
