@@ -105,10 +105,7 @@ def resize_voxels(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(N, C, *shape) images onto another number of voxels over the same block of space (edge to edge), linear. Values are not rescaled."""
     if tuple(data.shape[2:]) == tuple(shape):
         return data
-    index = identity(shape, data)
-    ratio = torch.as_tensor([m / n for n, m in zip(shape, data.shape[2:], strict=True)][::-1], dtype=data.dtype, device=data.device)
-    points = _normalised((index + 0.5) * ratio - 0.5, data.shape[2:])
-    return linear(data, points.expand(data.shape[0], *points.shape))
+    return F.interpolate(data, tuple(shape), mode=("bilinear", "trilinear")[data.dim() - 4], align_corners=False)
 
 
 def grown(data: torch.Tensor, shape: Sequence[int], value: float | None = None) -> torch.Tensor:

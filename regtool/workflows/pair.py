@@ -75,7 +75,8 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
     limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
     cuts = parameters.refine.iterations > 0 and parameters.measure.name in ("auto", "lncc") and not parameters.refine.symmetric
     parts = content(target, guides.fixed_mask) if cuts else ()
-    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), parts)
+    masked = guides.fixed_mask is not None, guides.moving_mask is not None
+    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), parts, masked)
     before = setup.initial or stay(fixed.grid.ndim)
     with clock("align"):
         course = Course(target, source, setup, plan.measuring_grid, before, guides, weights)

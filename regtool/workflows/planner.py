@@ -25,6 +25,7 @@ SHARE = 0.8  # of a limit that predictions may fill: they were within a quarter 
 BASE = 400 * 2**20  # Python, torch and SimpleITK themselves, and what they load as they work
 LEARNING = 40 * 2**20  # what the first gradient loads
 FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
+MASKED = 5  # volumes of an image that a mask takes: itself, and the image as it is continued over it
 ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
@@ -138,15 +139,16 @@ def make_plan(
     channels: tuple[int, int] = (1, 1),
     compared: int = 1,
     parts: Parts = (),
+    masked: tuple[bool, bool] = (False, False),
 ) -> Plan:
     """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
 
     channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; parts: `content` of the fixed image, where
-    that alone may be refined, as a block of a grid the finer for it.
+    that alone may be refined, as a block of a grid the finer for it; masked: whether the fixed, the moving image has a mask.
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
     limit = int(SHARE * limit_bytes)
-    images = BASE + 4 * (fixed.voxels * channels[0] + moving.voxels * channels[1])
+    images = BASE + 4 * sum(grid.voxels * (n + MASKED * mask) for grid, n, mask in zip((fixed, moving), channels, masked, strict=True))
     if max(channels) > 1:  # the one channel made of several, and those that count
         images += 4 * (fixed.voxels + moving.voxels) * (1 + compared)
     aligning, warping = 4 * ALIGNING * max(fixed.voxels, moving.voxels), 4 * fixed.voxels * _warping(fixed.ndim, parameters, channels[1])

@@ -22,6 +22,7 @@ PLENTY = 1000 * GB
 BRAIN = Grid.regular((224, 192, 160))
 CT = Grid.regular((300, 512, 512))
 LUNG = Grid.regular((115, 157, 129))
+HEAD = Grid.regular((182, 218, 182))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ LUNG = Grid.regular((115, 157, 129))
         (Grid.regular((256, 256)), "auto", 1_300_000, 448),
         (Grid.regular((41, 49, 34)), "auto", 1_300_000, 461),
         (LUNG, "auto", 1_300_000, 930),
-        (Grid.regular((182, 218, 182)), "auto", 1_300_000, 1117),
+        (HEAD, "auto", 1_300_000, 1117),
         (BRAIN, "lncc", 900_000, 915),
         (BRAIN, "lncc", 7_000_000, 1604),
         (BRAIN, "mi", 7_000_000, 1534),
@@ -45,6 +46,14 @@ LUNG = Grid.regular((115, 157, 129))
 def test_the_plan_is_within_a_quarter_of_what_whole_commands_took(fixed: Grid, name: str, voxels: int, measured_mb: float) -> None:
     parameters = Parameters.model_validate({"measure": {"name": name}, "refine": {"max_voxels": voxels, "finest": None if name == "auto" else name}})
     assert make_plan(fixed, fixed, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "masked", "measured_mb"),
+    [(LUNG, (True, True), 974), (HEAD, (True, True), 1250), (HEAD, (True, False), 1110), (HEAD, (False, False), 1015)],
+)
+def test_masks_are_counted(fixed: Grid, masked: tuple[bool, bool], measured_mb: float) -> None:
+    assert make_plan(fixed, fixed, Parameters(), False, PLENTY, masked=masked).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
 
 
 def test_a_finer_grid_for_what_shows_something_is_counted() -> None:
