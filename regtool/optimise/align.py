@@ -52,7 +52,7 @@ def align(
 ) -> Alignment:
     """The affine, applied before `initial`, that `method` asks for; `auto` tries all and keeps the headers unless another is clearly better.
 
-    Only what the masks mark (above zero) is compared; where the images lie best as a whole is one of the starts. The score is mutual information
+    Only what the masks mark (above zero) is compared; where the images lie best as a whole is the start. The score is mutual information
     times a power of the overlap, see `regtool.optimise.affine`.
     """
     found = _aligned(fixed, moving, method, initial, fixed_mask, moving_mask)
@@ -91,13 +91,14 @@ def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed
         return Alignment("none", stay, {})
     before, there, inside = _brought(fixed, moving, initial, moving_mask)
     hints: dict[str, Affine] = {}
-    if fixed_mask is not None or moving_mask is not None:  # an organ alone may lead astray
+    turned = ""
+    if fixed_mask is not None or moving_mask is not None:  # an organ alone may lead astray, and a round one looks the same from all sides
         _, whole, everywhere = _brought(fixed, moving, initial, None)
-        hints, _ = _candidates(levels(fixed, whole, None, everywhere), fixed.grid, moving.grid, method, before, {})
+        hints, turned = _candidates(levels(fixed, whole, None, everywhere), fixed.grid, moving.grid, method, before, {})
     pyramid = levels(fixed, there, fixed_mask, inside)
-    found, turned = _candidates(pyramid, fixed.grid, moving.grid, method, before, hints)
+    found, own = _candidates(pyramid, fixed.grid, moving.grid, method, before, hints)
     similarity = {name: score(pyramid[-1], before.after(affine)) for name, affine in found.items()}
-    unsaid = turned if fixed.grid.bare or moving.grid.bare else ""
+    unsaid = (turned or own) if fixed.grid.bare or moving.grid.bare else ""
     name = _chosen(pyramid[-1], found, similarity, before, unsaid) if method == "auto" else method
     return Alignment(name, found[name], similarity)
 
@@ -105,7 +106,9 @@ def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed
 def _candidates(
     pyramid: list[Level], fixed: Grid, moving: Grid, method: str, before: Affine, hints: dict[str, Affine]
 ) -> tuple[dict[str, Affine], str]:
-    """What `method` has to choose from, by name, and which of it a turn by right angles has won. hints: further starts, of the name's own kind."""
+    """What `method` has to choose from, by name, and which of it a turn by right angles has won. hints: starts for rigid and affine maps,
+    found already.
+    """
     stay = Affine.identity(fixed.ndim)
     from_mass, to_mass = pyramid[-1].centres
     found, turned = {"none": stay}, ""
@@ -116,10 +119,9 @@ def _candidates(
     if method in ("auto", "rigid", "affine"):
         straight = list(found.values())
         for name in ("rigid", "affine") if method == "auto" else (method,):
-            summit, rival = _starts(pyramid[0], straight, before, rigid=name == "rigid")
-            hint = [hints[name]] if name in hints else []
+            summit, rival = (hints[name], None) if name in hints else _starts(pyramid[0], straight, before, rigid=name == "rigid")
             for level in pyramid:
-                summit = climbed(level, _best(level, [*found.values(), summit, *hint], before), before, rigid=name == "rigid")
+                summit = climbed(level, _best(level, [*found.values(), summit], before), before, rigid=name == "rigid")
                 rival = None if rival is None else climbed(level, rival, before, rigid=name == "rigid")
             found[name] = summit
             least = TURNS_WORTH[stay.ndim] if len(pyramid) > 1 else TURNS_WORTH_SMALL
