@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.image import Affine, Image, Transform
-from regtool.geometry.sampling import resample, resize_voxels, transform_points, warp
+from regtool.geometry.sampling import marked, resample, resize_voxels, transform_points, warp
 from regtool.parameters import Grid as GridParameters
 from regtool.parameters import Preprocess
 
@@ -53,7 +53,7 @@ def content(image: Image, mask: Image | None = None) -> Parts:
     """
     there = _there(image)
     if mask is not None:
-        there &= resample(mask, image.grid, 0.0).data[0] > 0.5
+        there &= marked(mask, image.grid)
     out = []
     for axis, n in enumerate(there.shape):
         planes = there.movedim(axis, 0).flatten(1).any(1).nonzero()
@@ -193,7 +193,7 @@ def continued(image: Image, mask: Image) -> Image:
     mask: above one half where the image counts, on any grid. Coarser and coarser means of the known voxels fill the unknown ones (push-pull,
     Gortler 1996).
     """
-    known = (resample(mask, image.grid, 0.0).data > 0.5).to(image.data.dtype)
+    known = marked(mask, image.grid)[None].to(image.data.dtype)
     return image if bool(known.all()) or not bool(known.any()) else Image(_filled(image.data[None], known[None])[0], image.grid)
 
 
@@ -201,8 +201,9 @@ def within(image: Image, mask: Image) -> Image:
     """What networks and similarities see of an image with a mask: the image `continued` beyond the mask where that leaves out little (HOLES) of what
     is shown; else the image as it is, for beside an organ cut out on one side alone the other image looks like another modality.
     """
-    shown, left_out = _there(image), resample(mask, image.grid, 0.0).data[0] <= 0.5
-    return continued(image, mask) if int((shown & left_out).sum()) <= HOLES * int(shown.sum()) else image
+    shown = _there(image)
+    left_out = shown & ~marked(mask, image.grid)
+    return continued(image, mask) if int(left_out.sum()) <= HOLES * int(shown.sum()) else image
 
 
 def to_network(ready: Image, transform: Transform, grid: Grid) -> torch.Tensor:

@@ -130,6 +130,11 @@ def resample(image: Image, grid: Grid, outside: float | None = None, device: tor
     return warp(image, stay(grid.ndim), grid, outside, device)
 
 
+def marked(mask: Image, grid: Grid) -> torch.Tensor:
+    """(*grid.shape) bool: where the mask, on any grid, is above one half."""
+    return resample(mask, grid, 0.0).data[0] > 0.5
+
+
 def warp(image: Image, transform: Transform, grid: Grid, outside: float | None = None, device: torch.device | None = None) -> Image:
     """`warped(x) = image(T(x))` on `grid`, linear, in float64 slabs: agrees with `sitk.Resample` to rounding, rim included.
 

@@ -95,6 +95,7 @@ class Course:
         self.view: Image | None = None  # a mask of all that the moving image covers, if that leaves out much
         scaling = setup.parameters.preprocess
         self.greys = one_channel(fixed, scaling, weights), one_channel(moving, scaling, weights)
+        self._within: dict[int, Image] = {}  # by the image: what its mask leaves of it, the same for every grid
         self._ready: dict[tuple[int, tuple[int, ...]], Image] = {}
         self.target = self.tensor(fixed, stay(grid.ndim), grid)
         self._fixed_masks: dict[Grid, torch.Tensor] = {}
@@ -111,8 +112,9 @@ class Course:
         still = image in (self.fixed, self.greys[0])
         if key not in self._ready:
             mask = self.guides.fixed_mask if still else self.guides.moving_mask
-            counting = image if mask is None or mask is self.view else within(image, mask)
-            self._ready[key] = prepared(counting, grid, self.setup.parameters.preprocess, self.least if still else ())
+            if mask is not None and mask is not self.view and id(image) not in self._within:
+                self._within[id(image)] = within(image, mask)
+            self._ready[key] = prepared(self._within.get(id(image), image), grid, self.setup.parameters.preprocess, self.least if still else ())
         seen = to_network(self._ready[key], transform, grid)
         if self.view is not None and not still:
             seen = continued(Image(seen[0], grid), warp(self.view, transform, grid, 0.0)).data[None]

@@ -16,7 +16,7 @@ import torch
 
 from regtool.errors import InputError, RegtoolError, UsageError
 from regtool.geometry.image import Image, Transform
-from regtool.geometry.sampling import displacement_on, identity, moving_indices, resample, stay, warp
+from regtool.geometry.sampling import displacement_on, identity, marked, moving_indices, stay, warp
 from regtool.io.files import refuse_existing, write_text
 from regtool.io.images import suffix_of
 from regtool.io.intact import nifti_kind
@@ -64,7 +64,7 @@ class Measured:
     def mask(self) -> torch.Tensor | None:
         """(*shape) bool on the fixed grid, where intensities and the Jacobian count."""
         mask = self.guides.fixed_mask
-        return None if mask is None else resample(mask, self.fixed.grid, 0.0).data[0] > 0.5
+        return None if mask is None else marked(mask, self.fixed.grid)
 
     @cached_property
     def span(self) -> tuple[float, float]:

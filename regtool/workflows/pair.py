@@ -18,7 +18,7 @@ from regtool.errors import GeometryError, InputError
 from regtool.geometry.fields import JacobianStatistics, corner_determinant, jacobian_determinant, jacobian_statistics
 from regtool.geometry.grid import Grid
 from regtool.geometry.image import Affine, DisplacementField, Image, Transform
-from regtool.geometry.sampling import displacement_on, grid_points, resample, stay, transform_points, warp
+from regtool.geometry.sampling import displacement_on, grid_points, marked, stay, transform_points, warp
 from regtool.geometry.unfold import unfolded
 from regtool.optimise.align import align
 from regtool.optimise.guard import ENOUGH, LEAST, LEAST_OF, Stage, silence
@@ -103,7 +103,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, guide
         warped = warp(moving, Transform((displacement,)), fixed.grid, outside, setup.device)
         begin = warp(moving, before, fixed.grid, outside, setup.device)
         determinant = jacobian_determinant(displacement)
-    mask = None if guides.fixed_mask is None else resample(guides.fixed_mask, fixed.grid, 0.0).data[0] > 0.5
+    mask = None if guides.fixed_mask is None else marked(guides.fixed_mask, fixed.grid)
     found = jacobian_statistics(determinant, mask, corner_determinant(displacement.to_voxels()))
     return Registered(
         course.transform,
