@@ -20,7 +20,7 @@ from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
 from regtool.metrics.landmarks import tre
 from regtool.metrics.overlap import dice
-from regtool.optimise.affine import climbed, levels, score, strain
+from regtool.optimise.affine import climbed, levels, score, shifts, strain
 from regtool.optimise.align import align
 from tests.conftest import DATA, direction, to_sitk
 
@@ -135,6 +135,63 @@ def test_headers_far_apart(ndim: int) -> None:
     found = align(*pair(ndim, "flipped", truth, at=400.0), "auto", stay(ndim))
     assert found.similarity["none"] == pytest.approx(0, abs=1e-6)
     assert distance(found.affine, Affine(truth.matrix, truth.translation + 400)) < 0.35 * coarseness(ndim)
+
+
+def part(image: Image, first: float, last: float, lost: float) -> tuple[Image, Array]:
+    """From `first` to `last` of the extent along every axis, its header off by `lost` mm along each; and that shift."""
+    low, high = (tuple(int(n * share) for n in image.grid.size) for share in (first, last))
+    data = image.data[(slice(None), *[slice(a, b) for a, b in zip(low[::-1], high[::-1], strict=True)])].contiguous()
+    off = np.full(image.grid.ndim, lost)
+    origin = tuple((image.grid.to_physical(np.array(low, dtype=float)) + off).tolist())
+    return Image(data, replace(image.grid, size=tuple(b - a for a, b in zip(low, high, strict=True)), origin=origin)), off
+
+
+@pytest.mark.parametrize("lost", [0.0, 250.0])
+@pytest.mark.parametrize("which", ["fixed", "moving"])
+def test_a_part_finds_its_place(ndim: int, orientation: str, which: str, lost: float) -> None:
+    """An eighth or a quarter of the body, in whichever image, with its header right, and so wrong that nothing is in common."""
+    truth = Affine(rotation(ndim, 8), np.array([4.0, -3.0, 2.0])[:ndim])
+    fixed, moving = pair(ndim, orientation, truth)
+    if which == "fixed":
+        fixed, off = part(fixed, 0.4, 0.9, lost)
+        truth = Affine(truth.matrix, truth.translation - truth.matrix @ off)
+        points = fixed.grid.centre[None]
+    else:
+        moving, off = part(moving, 0.1, 0.6, lost)
+        truth = Affine(truth.matrix, truth.translation + off)
+        points = transform_points(Transform((truth.inverse(),)), moving.grid.centre[None])
+    found = align(fixed, moving, "auto", stay(ndim)).affine
+    reached, expected = (transform_points(Transform((one,)), points) for one in (found, truth))
+    assert np.linalg.norm(reached - expected) < coarseness(ndim)
+    if lost:
+        back = align(moving, fixed, "auto", stay(ndim)).affine
+        np.testing.assert_allclose(back.after(found).matrix, np.eye(ndim), atol=1e-6)  # the smaller is laid onto the larger, whichever comes first
+
+
+@pytest.mark.data
+def test_parts_of_real_images() -> None:
+    """A corner of a heart's frame, and of another head's slice, which show no background, in headers that say nothing."""
+    hearts = [(read_image(row["fixed"]), read_image(row["moving"])) for row in rows("cardiac2d", 3, 16)]
+    files = sorted((DATA / "brain2d_unlabelled").glob("*.nrrd"))[:3]
+    for fixed, moving in [*hearts, *((read_image(a), read_image(b)) for a, b in itertools.pairwise(files))]:
+        small, _ = part(fixed.grey(), 0.35, 0.9, 0.0)
+        first = np.array(small.grid.origin) - np.array(fixed.grid.origin)
+        found = align(Image(small.data, replace(small.grid, origin=fixed.grid.origin)), moving.grey(), "auto", stay(2)).affine
+        error = found.matrix @ (small.grid.centre - first) + found.translation - small.grid.centre
+        assert np.linalg.norm(error) < 0.05 * max(fixed.grid.extent)
+
+
+def test_the_best_shift_is_among_those_tried(ndim: int) -> None:
+    """Against the score everywhere on a finer lattice, through an initial map that is no identity; nothing is better than where it lies already."""
+    truth, initial = Affine(np.eye(ndim), np.full(ndim, 33.0)), mapping(ndim, "affine")
+    fixed, moving = pair(ndim, "oblique", initial.after(truth))
+    level = levels(fixed, moving)[0]
+    found = shifts(level, [Affine.identity(ndim)], initial)
+    ticks = np.arange(20.0, 46.0, 4.0)
+    naive = max((score(level, initial.after(Affine(np.eye(ndim), np.array(t)))), t) for t in itertools.product(ticks, repeat=ndim))[1]
+    assert np.abs(found[0].translation - naive).max() < 1.5 * level.spacing
+    assert all(np.array_equal(shift.matrix, np.eye(ndim)) for shift in found)
+    assert shifts(level, [truth], initial) == []
 
 
 def test_a_quarter_turn_is_found(ndim: int) -> None:

@@ -39,6 +39,12 @@ ITERATIONS = 20  # at each level at most
 SHORTEST = 0.02  # of the level's voxels: a step shorter than that is the last
 FARTHEST = 4.0  # of the level's voxels: no step is longer
 LONGEST = 8.0  # times the Gauss-Newton step, which far from the summit is too careful
+SHIFTS = 1000  # tried at the coarsest level, about, with at most DRAWN of its voxels
+DRAWN = 600
+SHARED = 0.6  # of the smaller field of view that a shift leaves in common at least
+CHANCE = 4.0  # standard deviations above its mean that the mutual information of independent images comes to at the best of so many shifts, about
+FURTHER = 4  # of them are kept at most
+APART = 1.5  # steps of the lattice of shifts between two that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +99,27 @@ def levels(fixed: Image, moving: Image, fixed_mask: Image | None = None, moving_
 def score(level: Level, affine: Affine) -> float:
     """Nats, >= 0; the affine takes fixed mm to moving mm."""
     return _Placed(level, affine).score
+
+
+def shifts(level: Level, known: list[Affine], initial: Affine) -> list[Affine]:
+    """Of all shifts, applied before `initial`, that leave enough in common: the best that are better than all known ones and not side by side.
+
+    Mutual information of few voxels comes out too high, by about the cells of the histogram that are taken over twice their number (Miller 1955). The
+    most that it comes to by chance is taken off: small overlaps would win by it.
+    """
+    drawn = torch.randperm(len(level.points), generator=torch.Generator().manual_seed(0))[:DRAWN]
+    some = replace(level, points=level.points[drawn], row=level.row[drawn], weight=level.weight[drawn])
+    steps, spacing = _lattice(level, initial)
+    height = _heights(some, initial, np.concatenate([[initial.matrix @ affine.translation for affine in known], steps]))
+    height, least = height[len(known) :], max(float(height[: len(known)].max()), 0.0)
+    kept: list[Array] = []
+    for step in steps[np.argsort(-height, kind="stable")][: int((height > least).sum())]:
+        if len(kept) == FURTHER:
+            break
+        if all((np.abs(step - other) > APART * spacing).any() for other in kept):
+            kept.append(step)
+    inverse = np.linalg.inv(initial.matrix)
+    return [Affine(np.eye(initial.ndim), inverse @ step) for step in kept]
 
 
 def compared(level: Level, one: Affine, other: Affine) -> tuple[float, float] | None:
@@ -247,6 +274,52 @@ def _spread(joint: torch.Tensor) -> torch.Tensor:
         outer = F.pad(joint, (1, 1))
         joint = ((outer[:, :-2] + outer[:, 2:] + 4 * joint) / 6).T
     return joint
+
+
+def _lattice(level: Level, initial: Affine) -> tuple[Array, float]:
+    """(S, D) mm: what may be added after `initial`, at even steps, SHIFTS of them at most; how far apart they are."""
+    fixed, moving = _bounds(level.fixed.grid, initial), _bounds(level.grid, Affine.identity(initial.ndim))
+    widths = np.ptp(fixed, axis=0), np.ptp(moving, axis=0)
+    least = SHARED * np.minimum(*widths)
+    low, high = moving[0] - fixed[1] + least, moving[1] - fixed[0] - least
+    spacing = max(level.spacing, float(np.prod(high - low) / (8 * SHIFTS)) ** (1 / len(low)))
+    while True:
+        counts = np.floor((high - low) / spacing).astype(int) + 1
+        axes = [(a + b) / 2 + spacing * (np.arange(n) - (n - 1) / 2) for a, b, n in zip(low, high, counts, strict=True)]
+        steps = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+        common = np.minimum(fixed[1] + steps, moving[1]) - np.maximum(fixed[0] + steps, moving[0])
+        steps = steps[common.prod(axis=1) >= SHARED * np.minimum(*widths).prod()]
+        if len(steps) <= SHIFTS:
+            return steps, spacing
+        spacing *= 1.05
+
+
+def _bounds(grid: Grid, affine: Affine) -> Array:
+    """(2, D) mm: the least and the greatest coordinates of the grid's corners, moved."""
+    corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in grid.size])))
+    moved = grid.to_physical(corners) @ affine.matrix.T + affine.translation
+    return np.stack([moved.min(axis=0), moved.max(axis=0)])
+
+
+def _heights(level: Level, initial: Affine, steps: Array) -> Array:
+    """(S,) the score after each of the steps (S, D) mm, less what mutual information comes to by chance; the histogram's cells are not spread."""
+    inverse = level.grid.inverse_matrix
+    offset = inverse @ (initial.matrix @ level.centre + initial.translation - np.array(level.grid.origin))
+    index = level.points @ torch.as_tensor((inverse @ initial.matrix).T).float() + torch.as_tensor(offset).float()
+    moved = index + torch.as_tensor(steps @ inverse.T).float()[:, None]
+    value, inside = sample(level.moving, moved.flatten(0, 1))
+    bins, count = level.bins, len(steps)
+    cell = (value * (bins - 3) + 1).round().long().reshape(count, -1) + level.row
+    cell += bins * bins * torch.arange(count)[:, None]
+    weight = (inside.reshape(count, -1) * level.weight).flatten()
+    joint = torch.bincount(cell.flatten(), weight, count * bins * bins).double().reshape(count, bins, bins)
+    overlap = joint.sum((1, 2)).clamp(min=EMPTY)
+    p = joint / overlap[:, None, None]
+    rows, columns = p.sum(2), p.sum(1)
+    mutual = torch.special.entr(rows).sum(1) + torch.special.entr(columns).sum(1) - torch.special.entr(p).sum((1, 2))
+    taken = (p > 0).sum((1, 2)) - (rows > 0).sum(1) - (columns > 0).sum(1) + 1
+    chance = (taken + CHANCE * (2 * taken).sqrt()) / (2 * overlap)
+    return np.asarray(((mutual - chance) * (overlap / level.total) ** OVERLAP).numpy(), dtype=np.float64)
 
 
 def _level(fixed: Image, moving: Image, spacing: float) -> Level:

@@ -13,7 +13,7 @@ from regtool.data.preprocess import antialiased, network_grid
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.image import Affine, Image, Transform
 from regtool.geometry.sampling import warp
-from regtool.optimise.affine import VOXELS, Level, climbed, compared, levels, resemblance, score
+from regtool.optimise.affine import VOXELS, Level, climbed, compared, levels, resemblance, score, shifts
 from regtool.parameters import Grid as GridParameters
 
 # `auto` moves away from what the headers say only for so many times the score, and from a shift likewise: headers are usually right
@@ -22,11 +22,17 @@ PIXELS_WORTH = 1.1  # and equal pixels are believed of pictures without a pixel 
 TURNED = 1.06  # the least that a rigid map must be worth too before headers, or a shift, are left for it: aligned brains of two people reach 1.04
 # and only to where the structures are alike: good pairs end at -0.003 to -0.12, MR on ultrasound, which affine maps only make worse, below -0.135
 ALIKE = -0.13
+# or more alike than ASIDE voxels away in whatever direction: parts of two people's slices, without the background, end at -0.12 to -0.15, which is up
+# to 0.95 of what they are there; MR on ultrasound and unrelated parts of chest X-rays stay at 0.975 to 1.03
+PEAKED, ASIDE = 0.955, 3
 # by dimension: a start turned by right angles is believed only if it ends so much higher than the others at the finest level; images so small that
 # they have one level (digits) tell less. Two people's heads end at 1.4 to 2.2, slices at 1.15 to 1.3; wrong turns at 1.0, MR on ultrasound at 1.4
 TURNS_WORTH, TURNS_WORTH_SMALL = {2: 1.2, 3: 1.35}, 1.5
 ANGLE = math.radians(20)  # and SIZES: what further starts differ by from the centres of mass
 SIZES = (1 / 1.2, 1.0, 1.2)
+SMALLER = 0.7  # of the fixed field of view: a moving one smaller than that is laid onto it, since most of the fixed voxels would see nothing of it
+# a start by a shift to elsewhere likewise: a part of a body finds its place at 1.25 to 16 times, what is wrong comes to 1.15, MR on ultrasound to 1.8
+SHIFT_WORTH = 1.2
 SHORT = 0.5  # voxels of the coarsest level: starts no farther apart than that are one
 SCALED = "scaled"  # what the name of an alignment begins with whose pixels are not as large as the headers say
 
@@ -89,6 +95,13 @@ def _aligned(fixed: Image, moving: Image, method: str, initial: Transform, fixed
     stay = Affine.identity(fixed.grid.ndim)
     if method == "none":
         return Alignment("none", stay, {})
+    onto = _affine(initial)
+    if onto is not None and method not in ("center", "moments") and _smaller(moving.grid, fixed.grid, onto):
+        back = onto.inverse()
+        other = _aligned(moving, fixed, method, Transform((back,)), moving_mask, fixed_mask)
+        shift = np.array_equal(other.affine.matrix, stay.matrix)  # and one it stays, to the last digit
+        affine = Affine(stay.matrix, -back.matrix @ other.affine.translation) if shift else back.after(other.affine.inverse()).after(onto)
+        return Alignment(other.name, affine, other.similarity)
     before, there, inside = _brought(fixed, moving, initial, moving_mask)
     hints: dict[str, Affine] = {}
     turned = ""
@@ -118,23 +131,41 @@ def _candidates(
         found["moments"] = _onto(np.eye(stay.ndim), from_mass, to_mass, before)
     if method in ("auto", "rigid", "affine"):
         straight = list(found.values())
+        elsewhere = [] if hints else shifts(pyramid[0], straight, before)
+        worth = {"turn": TURNS_WORTH[stay.ndim] if len(pyramid) > 1 else TURNS_WORTH_SMALL, "shift": SHIFT_WORTH}
         for name in ("rigid", "affine") if method == "auto" else (method,):
-            summit, rival = (hints[name], None) if name in hints else _starts(pyramid[0], straight, before, rigid=name == "rigid")
+            rigid = name == "rigid"
+            rivals: dict[str, Affine] = {}
+            if hints:
+                summit = hints[name]
+            else:
+                summit, rivals = _starts(pyramid[0], straight, elsewhere, before, rigid)
             for level in pyramid:
-                summit = climbed(level, _best(level, [*found.values(), summit], before), before, rigid=name == "rigid")
-                rival = None if rival is None else climbed(level, rival, before, rigid=name == "rigid")
-            found[name] = summit
-            least = TURNS_WORTH[stay.ndim] if len(pyramid) > 1 else TURNS_WORTH_SMALL
-            if rival is not None and score(pyramid[-1], before.after(rival)) > least * score(pyramid[-1], before.after(summit)):
-                found[name], turned = rival, name
+                summit = climbed(level, _best(level, [*found.values(), summit], before), before, rigid)
+                rivals = {kind: climbed(level, rival, before, rigid) for kind, rival in rivals.items()}
+            height = score(pyramid[-1], before.after(summit))
+            higher = {kind: rival for kind, rival in rivals.items() if score(pyramid[-1], before.after(rival)) > worth[kind] * height}
+            found[name] = higher.get("turn", higher.get("shift", summit))  # a shift may take what does not match out of sight, a turn may not
+            turned = name if "turn" in higher else turned
     return found, turned
+
+
+def _affine(initial: Transform) -> Affine | None:
+    """It as one affine map, where it is one."""
+    parts = initial.simplified().parts
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], Affine) else None
+
+
+def _smaller(moving: Grid, fixed: Grid, onto: Affine) -> bool:
+    """Whether the moving image shows much less than the fixed one, and is no single slice, which cannot show a tilt."""
+    return min(moving.size) > 1 and math.prod(moving.extent) < SMALLER * abs(np.linalg.det(onto.matrix)) * math.prod(fixed.extent)
 
 
 def _brought(fixed: Image, moving: Image, initial: Transform, mask: Image | None) -> tuple[Affine, Image, Image | None]:
     """An affine `initial` as it is; any other is carried out on a coarse grid round the fixed image, and the identity is left."""
-    parts = initial.simplified().parts
-    if len(parts) == 1 and isinstance(parts[0], Affine):
-        return parts[0], moving, mask
+    onto = _affine(initial)
+    if onto is not None:
+        return onto, moving, mask
     grid = network_grid(fixed.grid, GridParameters(), 8 * VOXELS)
     inside = Image(torch.ones(1, *moving.grid.shape) if mask is None else (mask.data[:1] > 0).float(), moving.grid if mask is None else mask.grid)
     return Affine.identity(grid.ndim), warp(antialiased(moving, grid), initial, grid), warp(inside, initial, grid, outside=0.0)
@@ -146,21 +177,27 @@ def _onto(matrix: Array, from_point: Array, to_point: Array, initial: Affine) ->
     return Affine(matrix, target - matrix @ from_point)
 
 
-def _starts(level: Level, straight: list[Affine], initial: Affine, rigid: bool) -> tuple[Affine, Affine | None]:
-    """At the coarsest level, the highest summit from the shifts and from the best of what is near the centres of mass; that from the best turn, where
-    it is higher.
+def _starts(level: Level, straight: list[Affine], elsewhere: list[Affine], initial: Affine, rigid: bool) -> tuple[Affine, dict[str, Affine]]:
+    """At the coarsest level, the highest summit from the straight starts and from the best of what is near the centres of mass; its rivals where they
+    are higher: that from the best turn, and that from elsewhere.
     """
-    starts: list[Affine] = []
-    for affine in straight:
-        if all(np.abs(affine.translation - other.translation).max() > SHORT * level.spacing for other in starts):
-            starts.append(affine)
     near, turned = (
         [_onto(m, *level.centres, initial) for m in some if np.allclose(np.abs(m @ level.normals), np.abs(level.normals), rtol=0.3)]
         for some in (_nearby(initial.ndim, rigid), _right_angles(initial.ndim))
     )
-    summit = _best(level, [climbed(level, a, initial, rigid) for a in (*starts, _best(level, near, initial))], initial)
-    rival = climbed(level, _best(level, turned, initial), initial, rigid)
-    return summit, rival if rival is _best(level, [summit, rival], initial) else None
+    starts: list[Affine] = []
+    for affine in straight:
+        if all(np.abs(affine.translation - other.translation).max() > SHORT * level.spacing for other in starts):
+            starts.append(affine)
+
+    def summit(starts: list[Affine]) -> Affine:
+        return _best(level, [climbed(level, start, initial, rigid) for start in starts], initial)
+
+    highest = summit([*starts, _best(level, near, initial)])
+    rivals = {"turn": summit([_best(level, turned, initial)])}
+    if elsewhere:
+        rivals["shift"] = summit(elsewhere)
+    return highest, {kind: rival for kind, rival in rivals.items() if rival is _best(level, [highest, rival], initial)}
 
 
 def _best(level: Level, starts: list[Affine], initial: Affine) -> Affine:
@@ -187,6 +224,15 @@ def _right_angles(ndim: int) -> list[Array]:
     return [m for m in signed if np.linalg.det(m) > 0 and not np.array_equal(m, np.eye(ndim))]
 
 
+def _alike(level: Level, affine: Affine) -> bool:
+    """Whether the structures are, there or at least more than anywhere near."""
+    here = resemblance(level, affine)
+    if here > ALIKE:
+        return True
+    aside = (sign * ASIDE * level.spacing * axis for axis in np.eye(affine.ndim) for sign in (-1, 1))
+    return all(here > PEAKED * resemblance(level, Affine(affine.matrix, affine.translation + affine.matrix @ step)) for step in aside)
+
+
 def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float], initial: Affine, unsaid: str) -> str:
     """The headers or the best shift; then, from there, rigid or affine where it is worth its price and its degrees of freedom (Schwarz 1978).
 
@@ -203,7 +249,7 @@ def _chosen(level: Level, found: dict[str, Affine], similarity: dict[str, float]
         least = max(WORTH[name], TURNED if name in freedom else 0.0)
         if earned(name) <= least * similarity[than] or (both is not None and both[0] <= least * both[1]):
             return False
-        return name not in freedom or name == unsaid or resemblance(level, initial.after(found[name])) > ALIKE
+        return name not in freedom or name == unsaid or _alike(level, initial.after(found[name]))
 
     base = "none"
     for names in (("center", "moments"), ("rigid", "affine")):
