@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from regtool.geometry.sampling import resize_voxels
 
@@ -29,6 +30,28 @@ def spread(numbers: torch.Tensor, shape: Sequence[int], times: int) -> torch.Ten
     Borders are continued. One product with a matrix an axis, however many times; differentiable (once).
     """
     return _Spread.apply(numbers, tuple(shape), times)  # type: ignore[no-untyped-call]
+
+
+def extended(u: torch.Tensor, near: Sequence[int], far: Sequence[int]) -> torch.Tensor:
+    """(N, C, *block) to more voxels beyond the near and the far end of every axis: there about as smooth as can be for what is on the block.
+
+    Close to the border as on it, ever farther out as in the mean of an ever wider part of it, so that far away nothing is stretched: a harmonic
+    function is the mean of the border's values, weighted by a kernel as wide as the distance (Poisson 1820).
+    """
+    near, far, width = list(near), list(far), 1
+    while any(near) or any(far):
+        before, after = ([min(width, n) for n in side] for side in (near, far))
+        shape = [n + a + b for n, a, b in zip(u.shape[2:], before, after, strict=True)]
+        times = math.ceil(1.5 * width**2)  # a standard deviation of `width`
+        wide = F.pad(u, [n for ends in zip(reversed(before), reversed(after), strict=True) for n in ends], mode="replicate")
+        smooth = spread(resize_voxels(wide, spread_shape(shape, times)), shape, times)
+        away = u.new_zeros([1] * len(shape))  # from the border, in widths: 0 on the block, so that no step is seen where it ends
+        for axis, (a, n, b) in enumerate(zip(before, u.shape[2:], after, strict=True)):
+            ends = torch.cat([torch.arange(a, 0, -1), torch.zeros(n), torch.arange(1, b + 1)]).to(away) / width
+            away = torch.maximum(away, ends.reshape([-1 if k == axis else 1 for k in range(len(shape))]))
+        near, far = ([n - m for n, m in zip(*both, strict=True)] for both in ((near, before), (far, after)))
+        u, width = torch.lerp(wide, smooth, away), 2 * width
+    return u
 
 
 class _Spread(torch.autograd.Function):

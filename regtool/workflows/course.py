@@ -170,7 +170,7 @@ class Course:
             self.view = view(self.moving.grid)
             self.guides = replace(self.guides, moving_mask=self.guides.moving_mask or self.view)
             log.warning(
-                "%sthe moving image covers %.0f %% of what the fixed one shows; beyond, the displacement goes on as at the border",
+                "%sthe moving image covers %.0f %% of what the fixed one shows; beyond, the displacement goes on smoothly",
                 self.setup.whose, 100 * share,
             )  # fmt: skip
         if any(self.least) or self.view is not None:

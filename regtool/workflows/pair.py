@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from regtool.data.batch import Batch
 from regtool.data.preprocess import Parts, block, common, content, seen, shown
+from regtool.deformation.smooth import extended
 from regtool.engines import build
 from regtool.engines._engine import Engine
 from regtool.errors import GeometryError, InputError
@@ -177,8 +177,8 @@ def _network(course: Course, grid: Grid) -> tuple[DisplacementField | None, Lear
 def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementField | None, parts: Parts) -> tuple[float, ...]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses.
 
-    Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on as at their
-    border; histograms and mean edges would not be the same without them.
+    Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on smoothly beyond
+    them; histograms and mean edges would not be the same without them.
     """
     started, parameters, cut = time.perf_counter(), course.setup.parameters, block(grid, course.parts)
     if parameters.refine.symmetric:
@@ -193,9 +193,9 @@ def _refine(course: Course, grid: Grid, aligned: Transform, start: DisplacementF
 
 
 def _beyond(displacement: torch.Tensor, grid: Grid, cut: Sequence[slice]) -> DisplacementField:
-    """(1, D, ...) voxels on a block of the grid, going on as at the border on all of it."""
-    sides = [n for part, length in zip(reversed(cut), grid.size, strict=True) for n in (part.start, length - part.stop)]
-    return DisplacementField.from_voxels(F.pad(displacement, sides, mode="replicate").cpu() if any(sides) else displacement.cpu(), grid)
+    """(1, D, ...) voxels on a block of the grid, going on smoothly on all of it."""
+    far = [n - part.stop for part, n in zip(cut, grid.shape, strict=True)]
+    return DisplacementField.from_voxels(extended(displacement, [part.start for part in cut], far).cpu(), grid)
 
 
 def _offered(course: Course, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False) -> DisplacementField | None:

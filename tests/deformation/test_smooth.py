@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regtool.deformation.smooth import spread, spread_shape
+from regtool.deformation.smooth import extended, spread, spread_shape
+from regtool.losses.regularity import diffusion
 
 
 def meant(values: np.ndarray, times: int) -> np.ndarray:
@@ -46,3 +47,41 @@ def test_gradient_is_right(ndim: int, times: int) -> None:
 def test_what_is_the_same_everywhere_stays_so(ndim: int, times: int) -> None:
     for shape in ((1,) * ndim, (50,) * ndim):
         assert torch.allclose(spread(torch.ones(1, ndim, *spread_shape(shape, times)), shape, times), torch.ones(()), rtol=0, atol=1e-6)
+
+
+def harmonic(u: torch.Tensor, near: list[int], far: list[int]) -> torch.Tensor:
+    """The field of least roughness with `u` on the block and no flow through the outer border: means of neighbours, over and over."""
+    sides = [n for ends in zip(reversed(near), reversed(far), strict=True) for n in ends]
+    out = F.pad(u, sides, mode="replicate")
+    for _ in range(3000):
+        wide = F.pad(out, [1] * len(sides), mode="replicate")
+        ndim = u.dim() - 2
+        middle = [slice(1, -1)] * ndim
+        out = sum(
+            wide[:, :, *[where if k == axis else middle[k] for k in range(ndim)]] for axis in range(ndim) for where in (slice(2, None), slice(0, -2))
+        ) / (2 * ndim)
+        out[:, :, *[slice(a, a + n) for a, n in zip(near, u.shape[2:], strict=True)]] = u
+    return out
+
+
+def test_goes_on_nearly_as_smooth_as_can_be(ndim: int) -> None:
+    """Against the harmonic field beyond the block, and against the border repeated."""
+    shape, near, far = (14, 12, 10)[:ndim], [9, 0, 6][:ndim], [3, 11, 8][:ndim]
+    u = spread(3 * torch.randn(1, ndim, *shape, generator=torch.Generator().manual_seed(0)), shape, 3)
+    found, best = extended(u, near, far), harmonic(u, near, far)
+    assert found.shape == best.shape
+    assert torch.equal(found[:, :, *[slice(a, a + n) for a, n in zip(near, shape, strict=True)]], u)
+    repeated = F.pad(u, [n for ends in zip(reversed(near), reversed(far), strict=True) for n in ends], mode="replicate")
+    rough, least, most = (float(diffusion(x)) for x in (found, best, repeated))
+    assert least < rough < least + 0.25 * (most - least)
+    assert float((found - best).square().mean()) < 0.4 * float((repeated - best).square().mean())
+
+
+def test_what_goes_on_is_what_there_is(ndim: int) -> None:
+    """A constant stays one everywhere; no voxels more are none; values stay between those of the block."""
+    shape, more = (7, 5, 6)[:ndim], [4, 0, 70][:ndim]
+    u = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(1))
+    assert extended(u, [0] * ndim, [0] * ndim) is u
+    np.testing.assert_allclose(extended(torch.full_like(u, 2.5), more, more[::-1]), 2.5, rtol=1e-5)
+    wide = extended(u, more, more[::-1])
+    assert u.min() - 1e-5 <= wide.min() and wide.max() <= u.max() + 1e-5
