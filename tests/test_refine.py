@@ -217,7 +217,7 @@ def test_refining_after_a_network_scores_higher_than_the_network(ndim: int) -> N
 
 
 def test_the_field_goes_on_where_there_is_nothing_to_see(ndim: int, orientation: str) -> None:
-    """A wide border of one value: only what is within is refined, and beyond it the displacement is that of its rim."""
+    """A wide border of one value: only what is within is refined, and beyond it the displacement goes on, ever less deformed."""
     fixed, moving = phantom(ndim, orientation)
     wide = tuple(n + 40 for n in fixed.grid.size)
     grid = replace(fixed.grid, size=wide, origin=tuple(fixed.grid.to_physical(np.full((1, ndim), -20.0))[0].tolist()))
@@ -227,8 +227,11 @@ def test_the_field_goes_on_where_there_is_nothing_to_see(ndim: int, orientation:
     result = register(Request(Image(data, grid), moving, overrides=alone))
     field = result.displacements[0].data
     assert float(field.abs().max()) > 0.5
+    inside, steps = field[(slice(None), *[slice(20, -20)] * ndim)], []
     for axis in range(1, ndim + 1):
-        torch.testing.assert_close(field.narrow(axis, 0, 12), field.narrow(axis, 0, 1).expand_as(field.narrow(axis, 0, 12)), rtol=0, atol=1e-4)
+        rim = field.narrow(axis, 0, 10)
+        steps.append(max(float(rim.diff(dim=a).abs().max()) for a in range(1, ndim + 1)))
+    assert max(steps) < 0.5 * max(float(inside.diff(dim=a).abs().max()) for a in range(1, ndim + 1))
     plain = register(Request(fixed, moving, overrides=alone))
     inner = (slice(None), *[slice(20, -20)] * ndim)
     assert float((result.warped.data[inner] - fixed.data).abs().mean()) < 1.5 * float((plain.warped.data - fixed.data).abs().mean())
