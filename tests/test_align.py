@@ -139,11 +139,9 @@ def test_headers_far_apart(ndim: int) -> None:
 
 def part(image: Image, first: float, last: float, lost: float) -> tuple[Image, Array]:
     """From `first` to `last` of the extent along every axis, its header off by `lost` mm along each; and that shift."""
-    low, high = (tuple(int(n * share) for n in image.grid.size) for share in (first, last))
-    data = image.data[(slice(None), *[slice(a, b) for a, b in zip(low[::-1], high[::-1], strict=True)])].contiguous()
-    off = np.full(image.grid.ndim, lost)
-    origin = tuple((image.grid.to_physical(np.array(low, dtype=float)) + off).tolist())
-    return Image(data, replace(image.grid, size=tuple(b - a for a, b in zip(low, high, strict=True)), origin=origin)), off
+    where = [slice(int(n * first), int(n * last)) for n in image.grid.shape]
+    grid, off = image.grid.cut(where), np.full(image.grid.ndim, lost)
+    return Image(image.data[:, *where].contiguous(), replace(grid, origin=tuple((np.array(grid.origin) + off).tolist()))), off
 
 
 @pytest.mark.parametrize("lost", [0.0, 250.0])

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from regtool.geometry.image import Affine, Image
-from regtool.geometry.sampling import stay
+from regtool.data.preprocess import block
+from regtool.geometry.image import Affine, Image, Transform
+from regtool.geometry.sampling import stay, transform_points
 from regtool.io.images import read_image
 from regtool.optimise.align import align
 
@@ -99,17 +100,14 @@ def missed(images: tuple[Image, Image], truth: Affine, which: int, low: tuple[fl
 
 def cut(image: Image, low: tuple[float, ...], high: tuple[float, ...]) -> tuple[Image, np.ndarray]:
     """From `low` to `high` of every axis (x first), and by how many mm its origin lies off that of the whole."""
-    size = np.array(image.grid.size)
-    first, last = np.floor(size * low).astype(int), np.maximum(np.ceil(size * high).astype(int), np.floor(size * low).astype(int) + 1)
-    data = image.data[(slice(None), *[slice(a, b) for a, b in zip(first[::-1], last[::-1], strict=True)])].contiguous()
-    origin = image.grid.to_physical(first.astype(float))
-    grid = replace(image.grid, size=tuple((last - first).tolist()), origin=tuple(origin.tolist()))
-    return Image(data, grid), origin - np.array(image.grid.origin)
+    where = block(image.grid, tuple(reversed(list(zip(low, high, strict=True)))))
+    grid = image.grid.cut(where)
+    return Image(image.data[:, *where].contiguous(), grid), np.array(grid.origin) - np.array(image.grid.origin)
 
 
 def moved(affine: Affine, points: np.ndarray) -> np.ndarray:
     """(P, D) mm."""
-    return points @ affine.matrix.T + affine.translation
+    return transform_points(Transform((affine,)), points)
 
 
 if __name__ == "__main__":

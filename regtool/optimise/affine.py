@@ -68,6 +68,12 @@ class Level:
     bins: int
     centres: tuple[Array, Array]
 
+    def index(self, affine: Affine) -> torch.Tensor:
+        """(P, D) continuous voxel indices of the points in the moving image, moved by an affine from fixed to moving mm."""
+        inverse = self.grid.inverse_matrix
+        offset = inverse @ (affine.matrix @ self.centre + affine.translation - np.array(self.grid.origin))
+        return self.points @ torch.as_tensor((inverse @ affine.matrix).T).float() + torch.as_tensor(offset).float()
+
     @cached_property
     def total(self) -> float:
         """Of the weights."""
@@ -224,10 +230,7 @@ class _Placed:
     """A level with its moving image in one place: the score, and what a step from there needs."""
 
     def __init__(self, level: Level, affine: Affine) -> None:
-        self.level = level
-        inverse = level.grid.inverse_matrix
-        offset = inverse @ (affine.matrix @ level.centre + affine.translation - np.array(level.grid.origin))
-        self.index = level.points @ torch.as_tensor((inverse @ affine.matrix).T).float() + torch.as_tensor(offset).float()
+        self.level, self.index = level, level.index(affine)
         value, self.inside = sample(level.moving, self.index)
         bins = level.bins
         at = value * (bins - 3) + 1
@@ -296,17 +299,13 @@ def _lattice(level: Level, initial: Affine) -> tuple[Array, float]:
 
 def _bounds(grid: Grid, affine: Affine) -> Array:
     """(2, D) mm: the least and the greatest coordinates of the grid's corners, moved."""
-    corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in grid.size])))
-    moved = grid.to_physical(corners) @ affine.matrix.T + affine.translation
+    moved = grid.corners @ affine.matrix.T + affine.translation
     return np.stack([moved.min(axis=0), moved.max(axis=0)])
 
 
 def _heights(level: Level, initial: Affine, steps: Array) -> Array:
     """(S,) the score after each of the steps (S, D) mm, less what mutual information comes to by chance; the histogram's cells are not spread."""
-    inverse = level.grid.inverse_matrix
-    offset = inverse @ (initial.matrix @ level.centre + initial.translation - np.array(level.grid.origin))
-    index = level.points @ torch.as_tensor((inverse @ initial.matrix).T).float() + torch.as_tensor(offset).float()
-    moved = index + torch.as_tensor(steps @ inverse.T).float()[:, None]
+    moved = level.index(initial) + torch.as_tensor(steps @ level.grid.inverse_matrix.T).float()[:, None]
     value, inside = sample(level.moving, moved.flatten(0, 1))
     bins, count = level.bins, len(steps)
     cell = (value * (bins - 3) + 1).round().long().reshape(count, -1) + level.row

@@ -28,11 +28,11 @@ PEAKED, ASIDE = 0.955, 3
 # by dimension: a start turned by right angles is believed only if it ends so much higher than the others at the finest level; images so small that
 # they have one level (digits) tell less. Two people's heads end at 1.4 to 2.2, slices at 1.15 to 1.3; wrong turns at 1.0, MR on ultrasound at 1.4
 TURNS_WORTH, TURNS_WORTH_SMALL = {2: 1.2, 3: 1.35}, 1.5
+# a start by a shift to elsewhere likewise: a part of a body finds its place at 1.25 to 16 times, what is wrong comes to 1.15, MR on ultrasound to 1.8
+SHIFT_WORTH = 1.2
 ANGLE = math.radians(20)  # and SIZES: what further starts differ by from the centres of mass
 SIZES = (1 / 1.2, 1.0, 1.2)
 SMALLER = 0.7  # of the fixed field of view: a moving one smaller than that is laid onto it, since most of the fixed voxels would see nothing of it
-# a start by a shift to elsewhere likewise: a part of a body finds its place at 1.25 to 16 times, what is wrong comes to 1.15, MR on ultrasound to 1.8
-SHIFT_WORTH = 1.2
 SHORT = 0.5  # voxels of the coarsest level: starts no farther apart than that are one
 SCALED = "scaled"  # what the name of an alignment begins with whose pixels are not as large as the headers say
 
