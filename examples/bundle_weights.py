@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from regtool.data.synthesis import synthetic
-from regtool.engines import citation_of, read_parameters
-from regtool.engines._model import load_model
+from regtool.config.schema import Parameters
 from regtool.io.models import BUNDLED, read_card, read_tensors, write_hashes, write_model
-from regtool.parameters import Parameters
+from regtool.methods import citation_of, read_parameters
+from regtool.methods.model_file import load_model
+from regtool.training.synthesis import synthetic
 
 MAX_VOXELS = {2: 256 * 256, 3: 300_000}  # of the network grid
 MOST_DRIFT = 0.05  # voxels
 MOST_MEGABYTES = 25.0
 PAIRS = 8
-LEARNING = ("similarity", "regularity", "supervision", "augment", "synthesis", "train")  # sections that a training goes by
+LEARNING = ("training_similarity", "regularization", "supervision", "augment", "synthesis", "train")  # sections that a training goes by
 
 
 def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

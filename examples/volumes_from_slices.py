@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from regtool.engines import build, citation_of, read_parameters
-from regtool.engines._model import load_model
 from regtool.io.models import find_model, read_card, write_model
+from regtool.methods import build, citation_of, read_parameters
+from regtool.methods.model_file import load_model
 
 PLANES = tuple(combinations(range(3), 2))  # axes of the array, slowest first
 

@@ -45,7 +45,7 @@ def register(
     """
     import json
 
-    from regtool.geometry.image import Image
+    from regtool.geometry.images import Image
     from regtool.io.images import displacement_to_sitk, from_sitk, image_to_sitk
     from regtool.workflows.register import Request
     from regtool.workflows.register import register as work

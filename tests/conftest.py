@@ -16,7 +16,8 @@ import SimpleITK as sitk
 import torch
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image
+from regtool.geometry.images import Image
+from regtool.geometry.transforms import DisplacementField
 
 torch.set_flush_denormal(True)
 torch.set_num_threads(1)  # the tests are many and small: they run side by side instead
@@ -55,7 +56,7 @@ def _contained() -> Iterator[None]:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings without the picture at their end, which takes longer than they do."""
-    monkeypatch.setattr("regtool.workflows.run_folder.curves_png", lambda *_: b"")
+    monkeypatch.setattr("regtool.training.run_folder.curves_png", lambda *_: b"")
 
 
 def heeds_interrupts() -> None:

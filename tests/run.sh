@@ -11,4 +11,9 @@ else
   python=.venv/bin/python
 fi
 "$python" -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+if [ $# -eq 0 ]; then
+  "$python" -m ruff check .
+  "$python" -m ruff format --check .
+  "$python" -m mypy
+fi
 exec "$python" -m pytest -n auto "$@"

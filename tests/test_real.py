@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from regtool.cli.app import main
-from regtool.geometry.sampling import stay
+from regtool.geometry.transforms import Transform
 from regtool.io.transforms import write_transform
 from tests.conftest import DATA
 
@@ -109,7 +109,7 @@ def axis_orders(tmp_path: Path) -> list[Path]:
 def test_every_axis_order_registers_to_every_other_with_the_identity(tmp_path: Path, axis_orders: list[Path]) -> None:
     """With a transform that moves nothing, the same physical image must come out on the other file's grid."""
     assert len(axis_orders) == 48 + 12
-    write_transform(stay(3), tmp_path / "identity.tfm")
+    write_transform(Transform.identity(3), tmp_path / "identity.tfm")
     for group in (axis_orders[:48], axis_orders[48:]):
         for k, path in enumerate(group):
             other = group[(k + 7) % len(group)]

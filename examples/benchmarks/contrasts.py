@@ -21,14 +21,15 @@ import SimpleITK as sitk
 import torch
 from methods import network_field
 
-from regtool.engines._model import load_model
-from regtool.geometry.fields import jacobian_determinant, jacobian_statistics
-from regtool.geometry.image import Image, Labels
-from regtool.geometry.sampling import displacement_on, stay, warp, warp_labels
+from regtool.config.schema import Parameters
+from regtool.evaluation.overlap import dice
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.jacobian import jacobian_determinant, jacobian_statistics
+from regtool.geometry.sampling import displacement_on, warp, warp_labels
+from regtool.geometry.transforms import Transform
 from regtool.io.images import read_image, read_labels
 from regtool.io.transforms import read_transform
-from regtool.metrics.overlap import dice
-from regtool.parameters import Parameters
+from regtool.methods.model_file import load_model
 
 SPACING, STEP = 1.5, 3.0  # mm in the slice, between slices
 COMMON = (
@@ -37,7 +38,7 @@ COMMON = (
 AUGMENT = "--set augment.elastic_voxels=8 --set augment.elastic_spacing=16 --set augment.flip=0.5 --set augment.rotation_degrees=10"
 GAN = "-m deformgan --set engine.channels=[16,32,64,128] --set engine.warmup_steps=200"
 METHODS = {
-    "VoxelMorph-LG": "-m voxelmorph --set similarity.name=lg --set similarity.weight=2 --set regularity.diffusion=1",
+    "VoxelMorph-LG": "-m voxelmorph --set training_similarity.name=lg --set training_similarity.weight=2 --set regularization.diffusion=1",
     "Deform-GAN-1": f"{GAN} --set engine.variant=1",
     "Deform-GAN-2": f"{GAN} --set engine.variant=2",
 }
@@ -92,9 +93,12 @@ def tested(model: Path, output: Path, numbers: list[int], amplitude: float) -> l
             write_field(sitk.ReadImage(str(output / f"T1_{k}.mha")), amplitude, 40.0, 100 * k + seed, output / "field.mha")
             truth = read_transform(output / "field.mha", fixed.grid)
             moving, carried = warp(source, truth, fixed.grid), warp_labels(lesions, truth, fixed.grid, vote=False)
-            found = network_field(engine, parameters, fixed, moving, stay(2))
+            found = network_field(engine, parameters, fixed, moving, Transform.identity(2))
             rows.append(
-                [*scores(fixed, source, moving, lesions, carried, found, truth), *scores(fixed, source, moving, lesions, carried, stay(2), truth)]
+                [
+                    *scores(fixed, source, moving, lesions, carried, found, truth),
+                    *scores(fixed, source, moving, lesions, carried, Transform.identity(2), truth),
+                ]
             )
     return [float(np.nanmean(column)) for column in zip(*rows, strict=True)]
 

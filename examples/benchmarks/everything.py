@@ -54,7 +54,7 @@ class Set:
     """pairs: made when they are wanted, with a folder to write to; needs: files below DATA; best: the best of other tools on the same pairs."""
 
     title: str
-    measure: str
+    metric: str
     needs: tuple[str, ...]
     pairs: Callable[[Path, Path], list[Case]]
     best: str = ""
@@ -232,7 +232,7 @@ def measured(key: str, cases: list[Case], method: str, refined: bool, options: l
         "refined": refined,
         "dimension": len(reports[0]["fixed"]["size"]),
         "pairs": len(cases),
-        "measure": SETS[key].measure,
+        "measure": SETS[key].metric,
         "before": before,
         "after": after,
         "p95": p95,

@@ -21,22 +21,23 @@ from pathlib import Path
 
 import torch
 
-from regtool.data.batch import Batch
-from regtool.data.preprocess import network_grid, prepared, to_network
-from regtool.engines import build, read_parameters
-from regtool.engines._engine import Engine
-from regtool.engines._model import load_model
-from regtool.geometry.fields import jacobian_determinant, jacobian_statistics
-from regtool.geometry.image import DisplacementField, Image, Labels, Transform
-from regtool.geometry.sampling import displacement_on, stay, warp, warp_labels
+from regtool.config.schema import Metric, Oneshot, Parameters
+from regtool.evaluation.intensity import intensity_agreement
+from regtool.evaluation.overlap import dice
+from regtool.evaluation.surface import surface_distances
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.jacobian import jacobian_determinant, jacobian_statistics
+from regtool.geometry.sampling import displacement_on, warp, warp_labels
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import read_image, read_labels, write_image, write_labels
 from regtool.io.pairs import Pair, read_list
-from regtool.metrics.intensity import likeness
-from regtool.metrics.overlap import dice
-from regtool.metrics.surface import surface_distances
-from regtool.optimise.align import align
-from regtool.parameters import Measure, Oneshot, Parameters
-from regtool.workflows.oneshot import learn
+from regtool.methods import build, read_parameters
+from regtool.methods.base import Engine
+from regtool.methods.model_file import load_model
+from regtool.preprocessing.batch import Batch
+from regtool.preprocessing.resolution import network_grid, prepare, to_network
+from regtool.registration.adaptation import learn
+from regtool.registration.initialization import align
 
 FILES = {"cardiac": "unet_cardiac_mri_2d.toml", "xray": "unet_chest_xray_2d.toml"}
 COUNTING = {"cardiac": (255,), "xray": (1, 2)}
@@ -56,8 +57,8 @@ class Subject:
     def batch(self, parameters: Parameters) -> Batch:
         """As the network sees it."""
         grid = network_grid(self.fixed.grid, parameters.grid)
-        sides = ((self.fixed, stay(grid.ndim)), (self.moving, self.aligned))
-        return Batch(*(to_network(prepared(image, grid, parameters.preprocess), t, grid) for image, t in sides))
+        sides = ((self.fixed, Transform.identity(grid.ndim)), (self.moving, self.aligned))
+        return Batch(*(to_network(prepare(image, grid, parameters.preprocess), t, grid) for image, t in sides))
 
 
 def mirrored_lists(source: Path, folder: Path) -> tuple[Path, Path]:
@@ -94,13 +95,13 @@ def subject(pair: Pair) -> Subject:
     """Read and aligned."""
     fixed, moving = read_image(pair.fixed.image), read_image(pair.moving.image)
     labels = read_labels(pair.fixed.labels), read_labels(pair.moving.labels)
-    return Subject(fixed, moving, labels, Transform((align(fixed, moving, "auto", stay(fixed.grid.ndim)).affine,)))
+    return Subject(fixed, moving, labels, Transform((align(fixed, moving, "auto", Transform.identity(fixed.grid.ndim)).affine,)))
 
 
 def scores(subject: Subject, transform: Transform, counting: tuple[int, ...]) -> list[float]:
     """MAD, Dice, contour mean distance, correlation, folding in percent."""
     fixed, moving = subject.fixed, subject.moving
-    alike = likeness(fixed, warp(moving, transform, fixed.grid), span=(float(moving.data.min()), float(moving.data.max())))
+    alike = intensity_agreement(fixed, warp(moving, transform, fixed.grid), span=(float(moving.data.min()), float(moving.data.max())))
     warped = warp_labels(subject.labels[1], transform, fixed.grid, vote=False)
     distance = statistics.mean(d.masd for d in surface_distances(subject.labels[0], warped, counting).values())
     folding = jacobian_statistics(jacobian_determinant(displacement_on(transform, fixed.grid))).folding_percent
@@ -110,7 +111,7 @@ def scores(subject: Subject, transform: Transform, counting: tuple[int, ...]) ->
 def adapted(subject: Subject, engine: Engine, parameters: Parameters, oneshot: Oneshot, known: bool) -> Transform:
     """Fixed to moving through the network after so many steps on the pair."""
     batch = subject.batch(parameters)
-    learned = learn(engine, batch, oneshot, Measure(name="ncc"), trained=known).engine
+    learned = learn(engine, batch, oneshot, Metric(name="ncc"), trained=known).engine
     with torch.no_grad():
         u = learned.displacement(batch.fixed, batch.moving)
     grid = network_grid(subject.fixed.grid, parameters.grid)
@@ -130,7 +131,7 @@ def table(domain: str, models: dict[str, Path], subjects: list[Subject], converg
         print(f"| {name} | {on} | {steps} | {numbers} |", flush=True)
 
     plan = [("c", domain, 0), ("b", domain, 50), ("a", domain, converged), ("f", other, 0), ("e", other, 50), ("d", other, converged)]
-    row("before", "", "", [scores(s, stay(s.fixed.grid.ndim), counting) for s in subjects], 0)
+    row("before", "", "", [scores(s, Transform.identity(s.fixed.grid.ndim), counting) for s in subjects], 0)
     row("aligned", "", "", [scores(s, s.aligned, counting) for s in subjects], 0)
     for name, on, steps in [*plan, ("h", "", 50), ("g", "", converged)]:
         if on:

@@ -19,24 +19,25 @@ from pathlib import Path
 
 import torch
 
-from regtool.data.dataset import Dataset
-from regtool.data.preprocess import network_grid, prepared, to_network
-from regtool.engines._engine import Engine
-from regtool.engines._model import load_model
-from regtool.geometry.fields import jacobian_determinant, jacobian_statistics
-from regtool.geometry.image import DisplacementField, Image, Transform
-from regtool.geometry.sampling import displacement_on, stay, warp_labels, warp_voxels
+from regtool.config.schema import Parameters
+from regtool.evaluation.overlap import counts, dice
+from regtool.geometry.images import Image
+from regtool.geometry.jacobian import jacobian_determinant, jacobian_statistics
+from regtool.geometry.sampling import displacement_on, warp_labels, warp_voxels
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import Pairs, read_list
-from regtool.metrics.overlap import counts, dice
-from regtool.optimise.align import align
-from regtool.parameters import Parameters
+from regtool.methods.base import Engine
+from regtool.methods.model_file import load_model
+from regtool.preprocessing.resolution import network_grid, prepare, to_network
+from regtool.registration.initialization import align
+from regtool.training.dataset import Dataset
 
 
 def network_field(engine: Engine, parameters: Parameters, fixed: Image, moving: Image, aligned: Transform) -> Transform:
     """Fixed to moving through the network and `aligned`, with nothing repaired, refined or rolled back."""
     grid = network_grid(fixed.grid, parameters.grid)
-    images = [to_network(prepared(x, grid, parameters.preprocess), t, grid) for x, t in ((fixed, stay(grid.ndim)), (moving, aligned))]
+    images = [to_network(prepare(x, grid, parameters.preprocess), t, grid) for x, t in ((fixed, Transform.identity(grid.ndim)), (moving, aligned))]
     with torch.no_grad():
         u = engine.displacement(*images)
     return Transform((DisplacementField.from_voxels(u, grid),)).then(aligned)
@@ -55,7 +56,7 @@ def evaluated(model: Path, pairs: Pairs) -> list[float]:
         def score(transform: Transform, labels: tuple = labels, there: set = there) -> float:
             return dice(labels[0], warp_labels(labels[1], transform, labels[0].grid, vote=False), there).mean
 
-        still = stay(fixed.grid.ndim)
+        still = Transform.identity(fixed.grid.ndim)
         alone = network_field(engine, parameters, fixed, moving, still)
         aligned = Transform((align(fixed, moving, "auto", still).affine,))
         both = network_field(engine, parameters, fixed, moving, aligned)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from regtool.data.batch import Batch
-from regtool.engines import build, read_parameters
 from regtool.geometry.sampling import warp_voxels
-from regtool.losses.similarity import EPSILON
+from regtool.methods import build, read_parameters
+from regtool.preprocessing.batch import Batch
+from regtool.similarity.lncc import EPSILON
 
 
 def plain_network(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.manual_seed(1)
-    engine = build(read_parameters(None, ("method=voxelmorph", "engine.variant=vm1", "regularity.diffusion=1.0")), 3).train()
+    engine = build(read_parameters(None, ("method=voxelmorph", "engine.variant=vm1", "regularization.diffusion=1.0")), 3).train()
     with torch.no_grad():  # a field of some voxels, so that gradients are those of a training under way
         engine.network.head.weight.mul_(3e3)
     fixed, moving = images(options.shape)

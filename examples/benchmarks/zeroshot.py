@@ -17,14 +17,16 @@ from pathlib import Path
 
 import torch
 
-from regtool.data.preprocess import network_grid, prepared, to_network
-from regtool.geometry.fields import compose_voxels, jacobian_determinant, jacobian_statistics
-from regtool.geometry.image import DisplacementField, Labels, Transform
-from regtool.geometry.sampling import stay, warp_labels
+from regtool.evaluation.overlap import dice
+from regtool.geometry.composition import compose_voxels
+from regtool.geometry.images import Labels
+from regtool.geometry.jacobian import jacobian_determinant, jacobian_statistics
+from regtool.geometry.sampling import warp_labels
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import read_list
-from regtool.metrics.overlap import dice
-from regtool.workflows.resolve import resolve
+from regtool.methods.resolve import resolve
+from regtool.preprocessing.resolution import network_grid, prepare, to_network
 
 
 def overlap(labels: tuple[Labels, ...], transform: Transform) -> float:
@@ -56,14 +58,14 @@ def main() -> None:
             images = [read_image(side.image).grey() for side in (row.fixed, row.moving)]
             labels = tuple(read_labels(side.labels) for side in (row.fixed, row.moving) if side.labels is not None)
             grid = network_grid(images[0].grid, parameters.grid, arguments.max_voxels)
-            fixed, moving = (to_network(prepared(image, grid, parameters.preprocess), stay(2), grid) for image in images)
+            fixed, moving = (to_network(prepare(image, grid, parameters.preprocess), Transform.identity(2), grid) for image in images)
             fixed = 1 - fixed if inverted else fixed
             with torch.inference_mode():
-                there, back = (list(engine.looks(*pair, arguments.passes))[-1] for pair in ((fixed, moving), (moving, fixed)))
+                there, back = (list(engine.passes(*pair, arguments.passes))[-1] for pair in ((fixed, moving), (moving, fixed)))
             field = DisplacementField.from_voxels(there[0], grid)
             folding = jacobian_statistics(jacobian_determinant(field)).folding_percent
             left = float(compose_voxels(back, there).norm(dim=1).mean())
-            numbers.append((overlap(labels, stay(2)), overlap(labels, Transform((field,))), folding, left))
+            numbers.append((overlap(labels, Transform.identity(2)), overlap(labels, Transform((field,))), folding, left))
         before, after, folds, inverse = (statistics.mean(column) for column in zip(*numbers, strict=True))
         contrast = "inverted" if inverted else "as it is"
         print(f"| {method} | {way} | {contrast} | {len(numbers)} | {before:.3f} | {after:.3f} | {folds:.4f} % | {inverse:.2f} |", flush=True)

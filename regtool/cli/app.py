@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import io
+import re
+import signal
+import sys
+from types import FrameType
 
-STARTED = time.perf_counter()
+import typer
+from rich.markup import escape
 
-import io  # noqa: E402
-import re  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-from types import FrameType  # noqa: E402
-
-import typer  # noqa: E402
-from rich.markup import escape  # noqa: E402
-
-from regtool.cli import cohort, doctor, evaluate, finetune_oneshot, jacobian, methods, models, parameters, register, train, transform, warp  # noqa: E402
-from regtool.cli.console import drop, stderr  # noqa: E402
-from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, GeometryError, InputError, RegtoolError  # noqa: E402
+from regtool.cli import cohort, doctor, evaluate, finetune_oneshot, jacobian, methods, models, parameters, register, train, transform, warp
+from regtool.cli.console import drop, stderr
+from regtool.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, GeometryError, InputError, RegtoolError
 
 DEBUG = "--debug"
 

@@ -46,7 +46,7 @@ from regtool.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regtool.workflows.cohort import Moment
+    from regtool.workflows.cohort import CohortEvent
 
 PAIRS = "Pairs"
 LATEST = 5  # pairs that the table on a terminal shows below those running
@@ -186,14 +186,14 @@ def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
+def _view(quiet: bool) -> Iterator[Callable[[CohortEvent], None] | None]:
     """A table that renews itself on a terminal, a line for each pair elsewhere, nothing when quiet."""
     if quiet:
         yield None
         return
     if not stderr.is_terminal:
 
-        def line(moment: Moment) -> None:
+        def line(moment: CohortEvent) -> None:
             if moment.fresh is not None:
                 left = "" if moment.seconds_left is None or moment.done + moment.skipped == moment.total else f", {clock(moment.seconds_left)} left"
                 stderr.print(escape(f"[{moment.done + moment.skipped}/{moment.total}] {moment.fresh['id']}: {_outcome(moment.fresh)}{left}"))
@@ -205,7 +205,7 @@ def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
     latest: list[Mapping[str, Any]] = []
     with Live(console=stderr, refresh_per_second=4) as live:
 
-        def update(moment: Moment) -> None:
+        def update(moment: CohortEvent) -> None:
             if moment.fresh is not None:
                 latest.append(moment.fresh)
             live.update(_table(moment, latest[-LATEST:]))
@@ -213,7 +213,7 @@ def _view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
         yield update
 
 
-def _table(moment: Moment, latest: list[Mapping[str, Any]]) -> Table:
+def _table(moment: CohortEvent, latest: list[Mapping[str, Any]]) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from regtool.workflows.oneshot import Progress as Told
+    from regtool.registration.adaptation import ProgressCallback as Told
 
 
 class Log(Console):

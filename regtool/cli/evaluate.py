@@ -135,7 +135,7 @@ def evaluate(
 
 def pair_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table of one pair."""
-    from regtool.metrics.summary import numbers
+    from regtool.evaluation.summary import numbers
 
     before, after = numbers(report["before"]), numbers(report.get("after", {}))
     rows = _heading(report)
@@ -147,7 +147,7 @@ def pair_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def list_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table of a list: means with their confidence intervals, runs compared, the worst cases."""
-    from regtool.metrics.summary import numbers
+    from regtool.evaluation.summary import numbers
 
     columns = {"before": report["before"], **report["runs"]}
     rows = [("pairs", str(report["pairs"])), *_heading(report)]

@@ -130,13 +130,13 @@ def finetune_oneshot(
 
     `regtool finetune-oneshot site_pairs.csv --model brain.safetensors -o site`
     """
-    from regtool.cli.app import STARTED
+    from regtool.cli import STARTED
 
     given = settings(
         method, model, align, initial_transform, similarity, refine, symmetric, inverse, image_format, None, device, threads, max_memory, seed, qc
     )
     if model is not None and similarity not in (None, "auto"):
-        given += (f'similarity.name="{similarity}"',)  # of what is learned, which for `register --model` is over
+        given += (f'training_similarity.name="{similarity}"',)  # of what is learned, which for `register --model` is over
     command = shlex.join(["regtool", *sys.argv[1:]])
     if moving is None and moving_option is None and fixed is not None and fixed.suffix.lower() == ".csv":
         for_pairs = (

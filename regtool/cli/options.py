@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from regtool.config.schema import NO_MODEL
 from regtool.errors import UsageError
-from regtool.parameters import NO_MODEL
 
 MOST_THREADS, LARGEST_SEED = 1024, 2**63 - 1  # as in parameters.py, whose import alone takes 0.1 s
 IMAGES, METHOD, OUTPUT, EXTRA, RUN = "Images", "Method", "Output", "Evaluation", "Run"
@@ -207,8 +207,8 @@ def settings(
         "run.model": model,
         "align.method": align,
         "run.initial_transform": initial_transform.resolve() if initial_transform else None,
-        "measure.name": similarity,
-        "similarity.name": None if model not in (None, NO_MODEL) or similarity == "auto" else similarity,
+        "metric.name": similarity,
+        "training_similarity.name": None if model not in (None, NO_MODEL) or similarity == "auto" else similarity,
         "refine.iterations": _iterations(refine),
         "refine.symmetric": symmetric,
         "run.inverse": True if symmetric and inverse is None else inverse,

@@ -22,9 +22,9 @@ def init(
     overwrite: Overwrite = False,
 ) -> None:
     """Print a complete parameter file of METHOD, each field with its meaning and default."""
-    from regtool.engines import parameters_of, read_parameters
+    from regtool.config.resolve import dump
     from regtool.io.files import refuse_existing, write_text
-    from regtool.parameters import dump
+    from regtool.methods import parameters_of, read_parameters
 
     engine = parameters_of(method)() if method else None
     name = output.name if output else "FILE.toml"
@@ -41,7 +41,7 @@ def init(
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="A parameter file.")], overrides: Set = None, as_json: Json = False) -> None:
     """Check FILE without running anything: unknown keys, wrong types and values are named with their line."""
-    from regtool.engines import engine_section, read_parameters
+    from regtool.methods import engine_section, read_parameters
 
     parameters = read_parameters(file, tuple(overrides or ()))
     engine = engine_section(parameters, file, tuple(overrides or ()))

@@ -91,7 +91,7 @@ def register(
 
     `regtool register ct.mha dicom_folder/ -m voxelmorph --model brain.safetensors -o result --inverse`
     """
-    from regtool.cli.app import STARTED
+    from regtool.cli import STARTED
 
     logs(-1 if quiet else verbose)
     f, m = pair(fixed, moving, fixed_option, moving_option)

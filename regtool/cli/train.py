@@ -19,7 +19,7 @@ from regtool.cli.options import METHOD, OUTPUT, RUN, Device, FixHeader, Json, Ma
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regtool.workflows.train import Moment
+    from regtool.workflows.train import ProgressEvent
 
 DATA = "Pairs"
 EVERY_SECONDS = 10.0  # between lines where stderr is no terminal
@@ -142,7 +142,7 @@ def summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
+def view(quiet: bool) -> Iterator[Callable[[ProgressEvent], None] | None]:
     """A table that renews itself on a terminal, now and then a line elsewhere, nothing when quiet."""
     if quiet:
         yield None
@@ -150,7 +150,7 @@ def view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
     if not stderr.is_terminal:
         last = [0.0]
 
-        def line(moment: Moment) -> None:
+        def line(moment: ProgressEvent) -> None:
             if moment.fresh or time.monotonic() - last[0] > EVERY_SECONDS or moment.progress.step == moment.steps:
                 last[0] = time.monotonic()
                 stderr.print(_line(moment))
@@ -163,13 +163,13 @@ def view(quiet: bool) -> Iterator[Callable[[Moment], None] | None]:
         yield lambda moment: live.update(_table(moment))
 
 
-def _line(moment: Moment) -> str:
+def _line(moment: ProgressEvent) -> str:
     terms = ", ".join(f"{name} {value:.4f}" for name, value in moment.terms.items())
     text = f"step {moment.progress.step} of {moment.steps}: {terms}; {moment.pairs_per_second:.2f} pairs/s, {clock(moment.seconds_left)} left"
     return text + (f"; validation: {_validation(moment)}" if moment.fresh else "")
 
 
-def _table(moment: Moment) -> Table:
+def _table(moment: ProgressEvent) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -186,6 +186,6 @@ def _table(moment: Moment) -> Table:
     return table
 
 
-def _validation(moment: Moment) -> str:
+def _validation(moment: ProgressEvent) -> str:
     found = [(name, getattr(moment.progress.latest, key)) for key, name in NAMES.items()]
     return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None)

@@ -79,7 +79,7 @@ def warp(
     """
     from regtool.errors import UsageError
     from regtool.io.points import is_point_file
-    from regtool.workflows.runtime import configure, pick_device
+    from regtool.runtime import configure, pick_device
     from regtool.workflows.warp import warp_images, warp_points
 
     logs(-1 if quiet else verbose)

@@ -12,27 +12,27 @@ import torch.nn.functional as F
 
 from regtool.geometry.sampling import resize_voxels
 
-APART = 1.25  # standard deviations of the smoothing that lie between two numbers: what lies between voxels any closer is smoothed away
-BLOCK = 32  # voxels of a matrix at once, where it is so narrow a band that this leaves most of the zeros out
+CONTROL_SPACING = 1.25  # standard deviations of the smoothing that lie between two numbers: what lies between voxels any closer is smoothed away
+BAND_ROWS = 32  # voxels of a matrix at once, where it is so narrow a band that this leaves most of the zeros out
 
 Blocks = tuple[tuple[slice, torch.Tensor], ...]
 
 
-def spread_shape(shape: Sequence[int], times: int) -> tuple[int, ...]:
+def control_grid_shape(shape: Sequence[int], times: int) -> tuple[int, ...]:
     """How many numbers a field on `shape` voxels takes that is smoothed `times` times (times means over three, a variance of 2/3 each)."""
-    apart = max(1, int(math.sqrt(2 * times / 3) / APART))
+    apart = max(1, int(math.sqrt(2 * times / 3) / CONTROL_SPACING))
     return tuple(-(-n // apart) for n in shape)
 
 
-def spread(numbers: torch.Tensor, shape: Sequence[int], times: int) -> torch.Tensor:
+def upsample_and_smooth(numbers: torch.Tensor, shape: Sequence[int], times: int) -> torch.Tensor:
     """(N, C, *spread_shape(shape, times)) to (N, C, *shape): interpolated linearly, edge to edge, then means over three voxels, `times` times.
 
     Borders are continued. One product with a matrix an axis, however many times; differentiable (once).
     """
-    return _Spread.apply(numbers, tuple(shape), times)  # type: ignore[no-untyped-call]
+    return _UpsampleAndSmooth.apply(numbers, tuple(shape), times)  # type: ignore[no-untyped-call]
 
 
-def extended(u: torch.Tensor, near: Sequence[int], far: Sequence[int]) -> torch.Tensor:
+def extrapolate_displacement(u: torch.Tensor, near: Sequence[int], far: Sequence[int]) -> torch.Tensor:
     """(N, C, *block) to more voxels beyond the near and the far end of every axis: there about as smooth as can be for what is on the block.
 
     Close to the border as on it, ever farther out as in the mean of an ever wider part of it, so that far away nothing is stretched: a harmonic
@@ -44,7 +44,7 @@ def extended(u: torch.Tensor, near: Sequence[int], far: Sequence[int]) -> torch.
         shape = [n + a + b for n, a, b in zip(u.shape[2:], before, after, strict=True)]
         times = math.ceil(1.5 * width**2)  # a standard deviation of `width`
         wide = F.pad(u, [n for ends in zip(reversed(before), reversed(after), strict=True) for n in ends], mode="replicate")
-        smooth = spread(resize_voxels(wide, spread_shape(shape, times)), shape, times)
+        smooth = upsample_and_smooth(resize_voxels(wide, control_grid_shape(shape, times)), shape, times)
         away = u.new_zeros([1] * len(shape))  # from the border, in widths: 0 on the block, so that no step is seen where it ends
         for axis, (a, n, b) in enumerate(zip(before, u.shape[2:], after, strict=True)):
             ends = torch.cat([torch.arange(a, 0, -1), torch.zeros(n), torch.arange(1, b + 1)]).to(away) / width
@@ -54,7 +54,7 @@ def extended(u: torch.Tensor, near: Sequence[int], far: Sequence[int]) -> torch.
     return u
 
 
-class _Spread(torch.autograd.Function):
+class _UpsampleAndSmooth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, numbers: torch.Tensor, shape: tuple[int, ...], times: int) -> torch.Tensor:
         ctx.about = shape, times
@@ -89,13 +89,13 @@ def _blocks(n: int, times: int, adjoint: bool, dtype: torch.dtype, device: torch
     once = torch.ones(n, n, dtype=torch.float64).triu(-1).tril(1)
     once[0, 0] += 1
     once[-1, -1] += 1
-    few = spread_shape([n], times)[0]
+    few = control_grid_shape([n], times)[0]
     between = resize_voxels(torch.eye(few, dtype=torch.float64)[None, :, :, None], (n, 1))[0, :, :, 0].T
     matrix = torch.linalg.matrix_power(once / 3, times) @ between
     if adjoint:
         matrix = matrix.T
     runs = []
-    for rows in matrix.split(BLOCK):
+    for rows in matrix.split(BAND_ROWS):
         columns = rows.any(dim=0).nonzero()
         where = slice(int(columns[0]), int(columns[-1]) + 1)
         runs.append((where, rows[:, where]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from regtool.deformation.dense import dense
-from regtool.geometry.fields import exponential
+from regtool.geometry.composition import exponential
 
 
 def velocity(output: torch.Tensor, shape: Sequence[int], squarings: int = 7) -> torch.Tensor:

@@ -120,14 +120,14 @@ class Grid:
         return tuple(n * s for n, s in zip(self.size, self.spacing, strict=True))
 
     @property
-    def silent(self) -> bool:
+    def has_default_geometry(self) -> bool:
         """Whether the header tells no place: identity directions and origin 0, as tools write that know no better."""
         return not any(self.origin) and bool(np.array_equal(self.rotation, np.eye(self.ndim)))
 
     @property
-    def bare(self) -> bool:
+    def lacks_pixel_size(self) -> bool:
         """Whether it is that of a picture whose header has no pixel size either."""
-        return self.ndim == 2 and self.silent and set(self.spacing) == {1.0}
+        return self.ndim == 2 and self.has_default_geometry and set(self.spacing) == {1.0}
 
     @property
     def corners(self) -> Array:

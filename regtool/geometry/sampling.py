@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import Affine, DisplacementField, Image, Labels, Part, PointMap, Transform
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.transforms import Affine, DisplacementField, Part, PointMap, Transform
 
 SLAB_POINTS = 250_000  # points handled at once: keeps the float64 coordinates in 6 MB, near the caches
 FEW = {2: 40_000, 3: 6_000}  # points, by dimension, from which several threads are worth calling
@@ -67,11 +68,11 @@ def warp_voxels(image: torch.Tensor, displacement: torch.Tensor, outside: float 
     """
     shape = image.shape[2:]
     moved = displacement.movedim(1, -1)
-    points = torch.addcmul(_normalised(identity(shape, displacement), shape), moved, _voxel(shape, displacement))
+    points = torch.addcmul(_normalised(voxel_grid(shape, displacement), shape), moved, _voxel(shape, displacement))
     values = linear(image, points)
     if outside is None:
         return values
-    here = inside(identity(shape, displacement) + moved, shape)
+    here = inside(voxel_grid(shape, displacement) + moved, shape)
     return torch.where(here.unsqueeze(1), values, torch.full((), outside, dtype=values.dtype, device=values.device))
 
 
@@ -95,7 +96,7 @@ def linearised(image: torch.Tensor, displacement: torch.Tensor) -> Callable[[tor
     return near
 
 
-def identity(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def voxel_grid(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """(*shape, D) voxel indices of every voxel, x first, with the dtype and device of `like`."""
     axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
@@ -108,7 +109,7 @@ def resize_voxels(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return F.interpolate(data, tuple(shape), mode=("bilinear", "trilinear")[data.dim() - 4], align_corners=False)
 
 
-def grown(data: torch.Tensor, shape: Sequence[int], value: float | None = None) -> torch.Tensor:
+def pad_end(data: torch.Tensor, shape: Sequence[int], value: float | None = None) -> torch.Tensor:
     """(N, C, *smaller) to (N, C, *shape) at the far ends, by `value`; None repeats the border."""
     missing = [n - m for n, m in zip(shape, data.shape[2:], strict=True)]
     if not any(missing):
@@ -116,7 +117,7 @@ def grown(data: torch.Tensor, shape: Sequence[int], value: float | None = None) 
     return F.pad(data, [end for n in reversed(missing) for end in (0, n)], mode="replicate" if value is None else "constant", value=value)
 
 
-def cropped(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def crop_end(data: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(N, C, *larger) to (N, C, *shape), the near ends kept."""
     for axis, n in enumerate(shape, start=2):
         data = data.narrow(axis, 0, n)
@@ -127,10 +128,10 @@ def resample(image: Image, grid: Grid, outside: float | None = None, device: tor
     """`image` on another grid, through physical space, linear (as `sitk.Resample` with the identity). outside: default the image's minimum."""
     if image.grid.same_as(grid, tolerance=1e-6):
         return Image(image.data, grid, image.time, image.colour)
-    return warp(image, stay(grid.ndim), grid, outside, device)
+    return warp(image, Transform.identity(grid.ndim), grid, outside, device)
 
 
-def marked(mask: Image, grid: Grid) -> torch.Tensor:
+def mask_on_grid(mask: Image, grid: Grid) -> torch.Tensor:
     """(*grid.shape) bool: where the mask, on any grid, is above one half."""
     return resample(mask, grid, 0.0).data[0] > 0.5
 
@@ -179,7 +180,7 @@ def displacement_on(transform: Transform, grid: Grid, device: torch.device | Non
     if len(parts) == 1 and isinstance(parts[0], DisplacementField) and parts[0].grid.same_as(grid, tolerance=1e-6):
         return DisplacementField(parts[0].data, grid)
     out = torch.empty(grid.ndim, grid.voxels)
-    here = grid_points(grid, stay(grid.ndim), device)
+    here = grid_points(grid, Transform.identity(grid.ndim), device)
     for (part, points), (_, origin) in zip(grid_points(grid, transform, device), here, strict=True):
         out[:, part] = (points - origin).T.float().cpu()
     return DisplacementField(out.reshape(-1, *grid.shape), grid)
@@ -210,7 +211,7 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
     like = torch.empty(0, dtype=dtype, device=_device(device))
     for start in range(0, grid.shape[0], rows):
         stop = min(start + rows, grid.shape[0])
-        index = identity((stop - start, *grid.shape[1:]), like).reshape(-1, grid.ndim)
+        index = voxel_grid((stop - start, *grid.shape[1:]), like).reshape(-1, grid.ndim)
         index[:, -1] += start
         x = _apply_affine(to_mm, index)
         where = slice(start * plane, stop * plane)
@@ -219,11 +220,6 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
         for part in rest:
             x = _apply(part, x)
         yield where, x
-
-
-def stay(ndim: int) -> Transform:
-    """The transform that moves nothing."""
-    return Transform((Affine.identity(ndim),))
 
 
 def _apply(part: Part, x: torch.Tensor) -> torch.Tensor:

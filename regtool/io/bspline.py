@@ -9,8 +9,8 @@ import torch
 
 from regtool.errors import InputError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import PointMap
 from regtool.geometry.splines import bspline_kernel
+from regtool.geometry.transforms import PointMap
 
 CHUNK = 1 << 15  # points at once: what is gathered for them stays in the cache
 MAX_ORDER = 3

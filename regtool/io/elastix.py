@@ -11,8 +11,8 @@ import SimpleITK as sitk
 
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import DisplacementField, Part, PointMap, Transform
 from regtool.geometry.sampling import transform_points
+from regtool.geometry.transforms import DisplacementField, Part, PointMap, Transform
 from regtool.io.bspline import bspline
 from regtool.io.files import require_file, write_text
 from regtool.io.images import read_displacement

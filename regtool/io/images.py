@@ -13,7 +13,8 @@ import torch
 
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid, nearest_rotation, shear_degrees
-from regtool.geometry.image import LUMA, DisplacementField, Image, Labels
+from regtool.geometry.images import LUMA, Image, Labels
+from regtool.geometry.transforms import DisplacementField
 from regtool.io import nifti
 from regtool.io.dicom import read_series
 from regtool.io.files import atomic, require_file

@@ -20,7 +20,7 @@ from isal import isal_zlib
 
 from regtool.errors import GeometryError, InputError, OutputError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import Affine, DisplacementField, Part, PointMap, Transform
+from regtool.geometry.transforms import Affine, DisplacementField, Part, PointMap, Transform
 from regtool.io.bspline import bspline
 from regtool.io.files import atomic
 from regtool.io.images import to_sitk

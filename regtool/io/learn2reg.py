@@ -10,7 +10,7 @@ import torch
 
 from regtool.errors import GeometryError, InputError, OutputError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField
+from regtool.geometry.transforms import DisplacementField
 from regtool.io.files import atomic, require_file
 from regtool.io.images import suffix_of, to_sitk
 from regtool.io.intact import safe_for_itk

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regtool.config.toml import with_new_names
 from regtool.errors import ModelError, UsageError, did_you_mean
 from regtool.io.files import atomic, require_file, sha256, write_text
 
@@ -99,7 +100,7 @@ def read_card(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: the model card is damaged", tip="copy the file again") from error
     _check_card(card, path)
-    return card
+    return {**card, "parameters": with_new_names(card["parameters"])}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import Landmarks
+from regtool.geometry.images import Landmarks
 from regtool.io.files import atomic, require_file
 from regtool.io.meshes import PointFile, read_stl, read_vtk, vtk_text
 

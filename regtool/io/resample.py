@@ -9,8 +9,9 @@ import SimpleITK as sitk
 import torch
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image, Transform
+from regtool.geometry.images import Image
 from regtool.geometry.sampling import displacement_on
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import to_sitk
 from regtool.io.itk_transforms import to_sitk_transform
 

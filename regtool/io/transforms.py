@@ -8,8 +8,8 @@ from pathlib import Path
 
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Affine, DisplacementField, PointMap, Transform
 from regtool.geometry.sampling import displacement_on
+from regtool.geometry.transforms import Affine, DisplacementField, PointMap, Transform
 from regtool.io.elastix import is_elastix, read_elastix, write_transformix
 from regtool.io.files import require_file
 from regtool.io.images import read_displacement, suffix_of, write_displacement

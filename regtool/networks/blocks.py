@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regtool.geometry.sampling import cropped, grown
+from regtool.geometry.sampling import crop_end, pad_end
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {2: F.conv2d, 3: F.conv3d}
@@ -146,7 +146,7 @@ def at_multiple(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     x: (N, C, *shape), axes of a single voxel included; network: (N, C, *shape') to (N, K, *shape'). Returns (N, K, *shape).
     """
     shape = x.shape[2:]
-    return cropped(network(grown(x, [n + -n % multiple for n in shape])), shape)
+    return crop_end(network(pad_end(x, [n + -n % multiple for n in shape])), shape)
 
 
 def small_head(ndim: int, inputs: int, outputs: int) -> SameConv:

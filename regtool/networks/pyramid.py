@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from regtool.geometry.fields import exponential
-from regtool.geometry.sampling import cropped, grown, resize_voxels, warp_voxels
+from regtool.geometry.composition import exponential
+from regtool.geometry.sampling import crop_end, pad_end, resize_voxels, warp_voxels
 from regtool.networks.blocks import CHANNELS_LAST, CONVOLVE, SameConv, activate, channels_last, in_float32, small_head
 
 SQUARINGS = 4  # of the half-way warps of features, which only have to be each other's mirror image
@@ -32,7 +32,7 @@ class HalvingConv(SameConv):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, inputs, *shape) to (N, outputs, *ceil(shape / 2))."""
-        even = grown(x, [n + n % 2 for n in x.shape[2:]])
+        even = pad_end(x, [n + n % 2 for n in x.shape[2:]])
         return CONVOLVE[x.dim() - 2](even, self.weight, self.bias, stride=2, padding=1)
 
 
@@ -95,7 +95,7 @@ class Pyramid(nn.Module):
 
 def doubled_field(field: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(N, D, *ceil(shape / 2)) in voxels of its own grid to (N, D, *shape) in those of the grid twice as fine, linear."""
-    return cropped(2 * resize_voxels(field, [2 * n for n in field.shape[2:]]), shape)
+    return crop_end(2 * resize_voxels(field, [2 * n for n in field.shape[2:]]), shape)
 
 
 def compared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Array
-from regtool.geometry.image import DisplacementField, Image, Labels
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.transforms import DisplacementField
 
 Threshold = tuple[str, float, float, bool]  # name, value, limit, passed
 

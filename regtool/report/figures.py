@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image
+from regtool.geometry.images import Image
+from regtool.geometry.transforms import DisplacementField
 from regtool.report.content import PageContent
 
 Slice = NDArray[np.float32]
@@ -108,7 +109,7 @@ def planes(fixed: Image) -> list[Plane]:
     for a, b in itertools.combinations(range(grid.ndim), 2):  # world axes: across, down
         across, down = world.index(a), world.index(b)
         normals = [k for k in range(grid.ndim) if k not in (across, down)]
-        known = normals and not grid.silent
+        known = normals and not grid.has_default_geometry
         head_up = b not in (0, 1)  # LPS grows to the head but the picture grows downwards
         out.append(
             Plane(

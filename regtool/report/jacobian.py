@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Image
+from regtool.geometry.images import Image
 from regtool.report.figures import FOOT, GAP, HEAD, INK, LEFT, PAPER, VOLUME, WIDTH, _colourbar, _encoded, _folds, _show, planes
 
 HEIGHT = 1.6  # of a panel at most, in widths

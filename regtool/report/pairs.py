@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from regtool.geometry.sampling import warp_voxels
 
 if TYPE_CHECKING:
-    from regtool.data.batch import Batch
+    from regtool.preprocessing.batch import Batch
 
 ACROSS = 2  # pairs side by side
 INCHES = 1.25  # of one tile

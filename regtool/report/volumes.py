@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import DisplacementField, Image, Labels
-from regtool.geometry.sampling import resize_voxels, stay, warp_labels
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.sampling import resize_voxels, warp_labels
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.figures import planes, window
 
@@ -179,7 +180,7 @@ def _labels(labels: tuple[Labels, Labels, Labels], grid: Grid) -> dict[str, Any]
 def _nearest(labels: Labels, grid: Grid) -> torch.Tensor:
     """(*shape) the labels at the centres of the voxels of `grid`; picked without a resampling where both cover the same block of space."""
     if not labels.grid.resized(grid.size).same_as(grid):
-        return warp_labels(replace(labels, data=labels.data[:1]), stay(grid.ndim), grid, vote=False).data[0]
+        return warp_labels(replace(labels, data=labels.data[:1]), Transform.identity(grid.ndim), grid, vote=False).data[0]
     places = [_places(n, old / n, 0.5).numpy() for n, old in zip(grid.shape, labels.grid.shape, strict=True)]
     return torch.as_tensor(labels.data[0].numpy()[np.ix_(*places)])
 

@@ -10,19 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from regtool.cohort import bids
+from regtool.cohort.cluster import ClusterPool
+from regtool.cohort.folder import IDENTITY, LOGS, PAGE, RESULTS, PairFolder, read_identity, write_identity
+from regtool.cohort.pools import LocalPool, Pool, shares
+from regtool.cohort.table import row_of, write_results
+from regtool.cohort.tasks import Answer, Task
+from regtool.config.schema import Parameters, Run
 from regtool.errors import OutputError, ParameterError, UsageError
-from regtool.io import bids
-from regtool.io.cohort import IDENTITY, LOGS, PAGE, RESULTS, PairFolder, read_identity, row_of, write_identity, write_results
 from regtool.io.files import check_folder, sha256, write_text
 from regtool.io.pairs import Pair, Pairs, read_list
-from regtool.parameters import Parameters, Run
+from regtool.methods.resolve import resolve
 from regtool.report.cohort import cohort_html
-from regtool.workflows.cluster import ClusterPool
-from regtool.workflows.pool import LocalPool, Pool, shares
-from regtool.workflows.resolve import resolve
-from regtool.workflows.runtime import pick_device
-from regtool.workflows.signals import heeded
-from regtool.workflows.worker import Answer, Task
+from regtool.runtime import pick_device
+from regtool.workflows.signals import graceful_shutdown
 
 WORST = (0, 4, 3, 2, 5, 1)  # exit codes of pairs, the worst last
 TICK = 0.25  # seconds between looks at what is running
@@ -61,7 +62,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Moment:
+class CohortEvent:
     """Where a cohort stands. fresh: the row of a pair that has just ended; skipped: finished before; running: seconds by id."""
 
     total: int
@@ -74,7 +75,7 @@ class Moment:
     fresh: Row | None = None
 
 
-def cohort(request: Request, watch: Callable[[Moment], None] | None = None) -> dict[str, Any]:
+def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None) -> dict[str, Any]:
     """Registers every pair that is not finished, writes results.csv and cohort.html, and returns the summary; `exit_code` is that of the worst pair.
 
     Pairs fail alone. Raises, before the first pair, InputError for a wrong list (missing files all at once), UsageError for the folder of another
@@ -100,7 +101,7 @@ def cohort(request: Request, watch: Callable[[Moment], None] | None = None) -> d
             names = bids.target_names(pairs[k]) if request.bids else {}
             place = str(folders[k].folder), str(request.output.absolute())
             tasks.append(Task(pairs[k].id, *place, inputs, file, overrides, request.fix_header, request.command, names))
-    with heeded() as asked:
+    with graceful_shutdown() as asked:
         started = time.monotonic()
         full: Answer | None = None
         try:
@@ -121,7 +122,7 @@ def _absolute(run: Run) -> tuple[str, ...]:
 
 
 def _work(
-    request: Request, tasks: Sequence[Task], run: Run, skipped: int, stopped: Callable[[], bool], watch: Callable[[Moment], None] | None
+    request: Request, tasks: Sequence[Task], run: Run, skipped: int, stopped: Callable[[], bool], watch: Callable[[CohortEvent], None] | None
 ) -> Answer | None:
     """Until all tasks are done, `stopped`, the first failure with fail_fast, or a full disk, whose answer is returned."""
     pool: Pool
@@ -144,7 +145,7 @@ def _work(
                 speed = done / (time.monotonic() - started) * 60
                 left = (len(tasks) - done) / speed * 60 if done else None
                 fresh = None if answer is None else _fresh(by_id[answer.id], answer)
-                watch(Moment(len(tasks) + skipped, done, failed, skipped, pool.running(), speed, left, fresh))
+                watch(CohortEvent(len(tasks) + skipped, done, failed, skipped, pool.running(), speed, left, fresh))
             if answer is not None and answer.stop:
                 return answer
             if answer is not None and answer.status == "failed" and request.fail_fast:

@@ -13,17 +13,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from regtool.data.preprocess import antialiased, network_grid, normalised, one_channel
+from regtool.config.schema import Grid as GridParameters
+from regtool.config.schema import Preprocess
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Affine, Image, Transform
-from regtool.geometry.sampling import grid_points, stay, warp
+from regtool.geometry.images import Image
+from regtool.geometry.sampling import grid_points, warp
+from regtool.geometry.transforms import Affine, Transform
 from regtool.io.images import read_image
 from regtool.io.inspect import read_facts
-from regtool.optimise.align import Alignment, align
-from regtool.parameters import Grid as GridParameters
-from regtool.parameters import Preprocess
-from regtool.workflows.runtime import gathered_warnings
+from regtool.preprocessing.intensity import normalize_intensity, one_channel
+from regtool.preprocessing.resolution import antialiased, network_grid
+from regtool.registration.initialization import Alignment, align
+from regtool.runtime import gathered_warnings
 
 VOXELS = 100_000  # for the joint histogram
 BINS = 32
@@ -89,7 +91,7 @@ def doctor(fixed: Path, moving: Path) -> Diagnosis:
         return out
     out.pair = _placed(a, b)
     target, source = (one_channel(images[role], Preprocess()) for role in ("fixed", "moving"))
-    found = align(target, source, "auto", stay(a.ndim))
+    found = align(target, source, "auto", Transform.identity(a.ndim))
     out.pair["intensities_as_headers_say"] = _relation(images["fixed"], images["moving"], Affine.identity(a.ndim))
     if found.name != "none":
         out.pair[f"intensities_after_align_{found.name}"] = _relation(images["fixed"], images["moving"], found.affine)
@@ -201,8 +203,13 @@ def _relation(fixed: Image, moving: Image, alignment: Affine) -> dict[str, float
     common = torch.cat([torch.as_tensor(moving.grid.contains(points.numpy())) for _, points in grid_points(grid, transform)])
     if int(common.sum()) < FEW:
         return {}
-    a = warp(antialiased(normalised(one_channel(fixed, scale), scale), grid), stay(grid.ndim), grid).data.flatten()[common].double().numpy()
-    b = warp(antialiased(normalised(one_channel(moving, scale), scale), grid), transform, grid).data.flatten()[common].double().numpy()
+    a = (
+        warp(antialiased(normalize_intensity(one_channel(fixed, scale), scale), grid), Transform.identity(grid.ndim), grid)
+        .data.flatten()[common]
+        .double()
+        .numpy()
+    )
+    b = warp(antialiased(normalize_intensity(one_channel(moving, scale), scale), grid), transform, grid).data.flatten()[common].double().numpy()
     if a.std() == 0 or b.std() == 0:
         return {}
     joint = np.histogram2d(a, b, bins=BINS, range=((0, 1), (0, 1)))[0]

@@ -15,23 +15,24 @@ from typing import Any, Literal
 import torch
 
 from regtool.errors import InputError, RegtoolError, UsageError
-from regtool.geometry.image import Image, Transform
-from regtool.geometry.sampling import displacement_on, identity, marked, moving_indices, stay, warp
+from regtool.evaluation.field import field_scores, inverse_consistency
+from regtool.evaluation.intensity import intensity_agreement, nmse
+from regtool.evaluation.learn2reg import NOTE, learn2reg_scores
+from regtool.evaluation.statistics import mean_interval, paired
+from regtool.evaluation.summary import LABEL_INTERPOLATION, annotation_metrics, lower_is_better, numbers, primary_metric
+from regtool.geometry.images import Image
+from regtool.geometry.sampling import displacement_on, mask_on_grid, moving_indices, voxel_grid, warp
+from regtool.geometry.transforms import Transform
 from regtool.io.files import refuse_existing, write_text
 from regtool.io.images import suffix_of
 from regtool.io.intact import nifti_kind
 from regtool.io.learn2reg import read_learn2reg
 from regtool.io.pairs import EXTRAS, Pair, read_list
 from regtool.io.transforms import FIELDS, ITK, read_transform
-from regtool.metrics.field import field_scores, inverse_consistency
-from regtool.metrics.intensity import likeness, nmse
-from regtool.metrics.learn2reg import NOTE, learn2reg_scores
-from regtool.metrics.statistics import mean_interval, paired
-from regtool.metrics.summary import LABEL_INTERPOLATION, guide_scores, leading, lower_is_better, numbers
-from regtool.workflows.course import Guides
-from regtool.workflows.pair import check_pair
+from regtool.registration.pipeline import check_pair
+from regtool.registration.state import Annotations
+from regtool.runtime import gathered_warnings, out_of_memory_explained
 from regtool.workflows.register import Request, read_inputs
-from regtool.workflows.runtime import gathered_warnings, out_of_memory_explained
 from regtool.workflows.warp import read_transforms
 
 log = logging.getLogger("regtool")
@@ -42,29 +43,29 @@ COLUMNS = ("id", "run", "metric", "value")
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluatedPair:
     """A pair whose images are read: what is measured of it before, and after a transform."""
 
     fixed: Image
     moving: Image
     request: Request
-    guides: Guides
+    annotations: Annotations
     protocol: Protocol
 
     @classmethod
-    def read(cls, request: Request, protocol: Protocol) -> Measured:
+    def read(cls, request: Request, protocol: Protocol) -> EvaluatedPair:
         """Raises as `register` does for what it cannot read, and InputError for a time series: it has many transforms."""
-        fixed, moving, guides = read_inputs(request)
+        fixed, moving, annotations = read_inputs(request)
         check_pair(fixed, moving)
         if moving.time is not None:
             raise InputError(f"{request.moving} is a time series", tip="evaluate one time point at a time: extract it as a 3-D image")
-        return cls(fixed.grey(), moving.grey(), request, guides, protocol)
+        return cls(fixed.grey(), moving.grey(), request, annotations, protocol)
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
         """(*shape) bool on the fixed grid, where intensities and the Jacobian count."""
-        mask = self.guides.fixed_mask
-        return None if mask is None else marked(mask, self.fixed.grid)
+        mask = self.annotations.fixed_mask
+        return None if mask is None else mask_on_grid(mask, self.fixed.grid)
 
     @cached_property
     def span(self) -> tuple[float, float]:
@@ -75,7 +76,7 @@ class Measured:
         """As the headers say."""
         if self.protocol == "learn2reg":
             return self._learn2reg(torch.zeros(self.fixed.grid.ndim, *self.fixed.grid.shape))
-        return self._scores(stay(self.fixed.grid.ndim))[0]
+        return self._scores(Transform.identity(self.fixed.grid.ndim))[0]
 
     def after(self, transforms: Sequence[Path], inverse: Path | None = None) -> dict[str, Any]:
         """Through a transform; inverse: from moving to fixed, for `nmse` and `inverse_consistency_mm`."""
@@ -90,8 +91,8 @@ class Measured:
 
     def _scores(self, transform: Transform) -> tuple[dict[str, Any], Image]:
         warped = warp(self.moving, transform, self.fixed.grid)
-        scores, _ = guide_scores(self.guides.labels, self.guides.landmarks, transform, shapes=True)
-        return scores | asdict(likeness(self.fixed, warped, self.mask, self.span)), warped
+        scores, _ = annotation_metrics(self.annotations.labels, self.annotations.landmarks, transform, shapes=True)
+        return scores | asdict(intensity_agreement(self.fixed, warped, self.mask, self.span)), warped
 
     def _inverse_scores(self, forward: Transform, backward: Transform, warped: Image) -> dict[str, Any]:
         grid = self.moving.grid
@@ -103,7 +104,7 @@ class Measured:
         return {"nmse": nmse(self.moving, again, known.reshape(grid.shape)), "inverse_consistency_mm": asdict(missed)}
 
     def _learn2reg(self, displacement: torch.Tensor) -> dict[str, Any]:
-        return learn2reg_scores(displacement, (self.fixed.grid, self.moving.grid), self.guides.labels, self.guides.landmarks, self.mask)
+        return learn2reg_scores(displacement, (self.fixed.grid, self.moving.grid), self.annotations.labels, self.annotations.landmarks, self.mask)
 
     def _voxels(self, transforms: Sequence[Path]) -> torch.Tensor:
         """(D, *shape) `u` with `warped[v] = moving[v + u[v]]`: of a file as the challenge stores it, or of any other transform."""
@@ -111,7 +112,7 @@ class Measured:
         if len(transforms) == 1 and _is_learn2reg(transforms[0], grid.ndim):
             return read_learn2reg(transforms[0], grid).to_voxels()
         out = torch.empty(grid.ndim, grid.voxels)
-        still = identity(grid.shape, torch.empty(0, dtype=torch.float64)).reshape(-1, grid.ndim)
+        still = voxel_grid(grid.shape, torch.empty(0, dtype=torch.float64)).reshape(-1, grid.ndim)
         for part, index in moving_indices(self.moving.grid, read_transforms(transforms, grid), grid):
             out[:, part] = (index - still[part]).T.float()
         return out.reshape(-1, *grid.shape)
@@ -129,7 +130,7 @@ def evaluate(request: Request, transforms: Sequence[Path] = (), inverse: Path | 
     if inverse is not None and protocol == "learn2reg":
         raise UsageError("Learn2Reg's script knows no inverse", tip="leave --inverse-transform out")
     with gathered_warnings() as warnings, out_of_memory_explained():
-        pair = Measured.read(request, protocol)
+        pair = EvaluatedPair.read(request, protocol)
         report: dict[str, Any] = {
             "fixed": str(request.fixed),
             "moving": str(request.moving),
@@ -195,7 +196,7 @@ def _stated(protocol: Protocol) -> dict[str, str]:
 def _case(pair: Pair, results: Mapping[str, Path | None], protocol: Protocol, fix_header: bool) -> dict[str, Any]:
     """`{id, before, runs {name: after}}` of one pair."""
     extras = {f"{side}_{name}": getattr(entry, name) for side, entry in (("fixed", pair.fixed), ("moving", pair.moving)) for name in EXTRAS}
-    measured = Measured.read(Request(pair.fixed.image, pair.moving.image, fix_header=fix_header, **extras), protocol)
+    measured = EvaluatedPair.read(Request(pair.fixed.image, pair.moving.image, fix_header=fix_header, **extras), protocol)
     after = {name: measured.after((result,), _own_inverse((result,))) for name, result in results.items() if result is not None}
     return {"id": pair.id, "before": measured.before(), "runs": after}
 
@@ -210,7 +211,7 @@ def _summary(cases: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any
         first, second = columns[names[0]], columns[other]
         metrics = {m: _compared(first[m], second[m]) for m in first if m in second}
         compared.append({"first": names[0], "second": other, "metrics": metrics})
-    metric = leading(columns[names[-1] if names else "before"])
+    metric = primary_metric(columns[names[-1] if names else "before"])
     if metric is not None:
         sign = -1 if lower_is_better(metric) else 1
 

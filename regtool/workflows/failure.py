@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regtool.cohort.folder import FAILED
 from regtool.errors import RegtoolError
-from regtool.geometry.image import Image, Transform
+from regtool.geometry.images import Image
 from regtool.geometry.sampling import warp
-from regtool.io.cohort import FAILED
+from regtool.geometry.transforms import Transform
 from regtool.io.files import staged_folder, strict_json, write_text
+from regtool.methods.resolve import Resolved
 from regtool.report.content import Frame, PageContent
+from regtool.runtime import Clock, peak_memory_mb, versions
 from regtool.workflows.outcome import described, page_title, seconds_of, write_page
-from regtool.workflows.resolve import Resolved
-from regtool.workflows.runtime import Clock, peak_memory_mb, versions
 
 log = logging.getLogger("regtool")
 

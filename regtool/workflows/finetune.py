@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regtool.engines import read_parameters
-from regtool.engines._model import save_model
+from regtool.config.schema import NO_MODEL, Parameters, Run
 from regtool.errors import InputError, UsageError
 from regtool.io.files import sha256
 from regtool.io.pairs import read_list
-from regtool.parameters import NO_MODEL, Parameters, Run
+from regtool.methods import read_parameters
+from regtool.methods.model_file import save_model
+from regtool.methods.pretrained import pretrained
+from regtool.methods.resolve import Resolved, resolve
+from regtool.registration.adaptation import ProgressCallback
+from regtool.registration.memory import FINEST_TRAINED
+from regtool.training.run_folder import MODEL
 from regtool.workflows import register, train
-from regtool.workflows.oneshot import Progress
 from regtool.workflows.outcome import Outcome
-from regtool.workflows.planner import FINEST_TRAINED
-from regtool.workflows.pretrained import pretrained
-from regtool.workflows.resolve import Resolved, resolve
-from regtool.workflows.run_folder import MODEL
 
 PAIR = {"refine": {"iterations": 0}, "oneshot": {"iterations": 50}}
 CONVERGED = ("oneshot.iterations=3000", "oneshot.patience=300")  # overrides; 3000: what the paper calls convergence
@@ -27,7 +27,7 @@ SITE = {"train": {"steps": 500, "learning_rate": 1e-4, "validate_every": 20, "pa
 HELD_OUT = 0.25  # of a site's pairs; one at least
 
 
-def finetune(request: register.Request, from_scratch: bool = False, progress: Progress | None = None) -> register.Result:
+def finetune(request: register.Request, from_scratch: bool = False, progress: ProgressCallback | None = None) -> register.Result:
     """`register` with a network that learns on the pair, from a model's weights or from scratch; the folder gets model.safetensors too.
 
     Defaults are those of `register` but for PAIR. The model file it starts from is only read. Of a time series the mean is registered. Raises what
@@ -98,7 +98,7 @@ class _Adapted:
             "best_step": learned.steps,
             "learning_rate": learned.rate,
             "loss": dict(zip(("before", "after"), learned.loss, strict=True)),
-            "similarity": {"name": learned.measure, **dict(zip(("before", "after"), learned.similarity, strict=True))},
+            "similarity": {"name": learned.metric, **dict(zip(("before", "after"), learned.similarity, strict=True))},
             "diverged": learned.diverged,
         }
         save_model(

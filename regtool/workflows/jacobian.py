@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.fields import (
+from regtool.evaluation.overlap import BACKGROUND, counts
+from regtool.geometry.grid import Grid
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.jacobian import (
     JacobianStatistics,
-    corner_determinant,
     jacobian_determinant,
     jacobian_statistics,
+    min_one_sided_jacobian,
     nondiffeomorphic_volume_percent,
 )
-from regtool.geometry.grid import Grid
-from regtool.geometry.image import Image, Labels
-from regtool.geometry.sampling import stay, warp_labels
+from regtool.geometry.sampling import warp_labels
+from regtool.geometry.transforms import Transform
 from regtool.io.files import atomic, refuse_existing
 from regtool.io.images import check_writable, read_grid, read_labels, write_image
 from regtool.io.transforms import total_displacement
-from regtool.metrics.overlap import BACKGROUND, counts
 from regtool.workflows.warp import read_transforms
 
 LOG_FLOOR = 1e-3  # where space folds there is no logarithm: it is that of this volume ratio
@@ -67,7 +68,7 @@ def jacobian(
     refuse_existing([path for path in (output, figure) if path is not None], overwrite)
     grid = read_grid(like) if like is not None else None
     field = total_displacement(read_transforms(transforms, grid), grid)
-    determinant, corners = jacobian_determinant(field), corner_determinant(field.to_voxels())
+    determinant, corners = jacobian_determinant(field), min_one_sided_jacobian(field.to_voxels())
     inside = (_on_grid(mask, field.grid, "mask").data > 0).any(dim=0) if mask is not None else None
     if inside is not None and not bool(inside.any()):
         raise InputError(f"the mask {mask} is empty on the transform's grid", tip="it must hold values above zero where the transform is defined")
@@ -97,7 +98,7 @@ def _on_grid(path: Path, grid: Grid, what: str) -> Labels:
     labels = read_labels(path)
     if labels.grid.ndim != grid.ndim:
         raise GeometryError(f"the {what} {path} is {labels.grid.ndim}-D, the transform {grid.ndim}-D")
-    return labels if labels.grid.same_as(grid) else warp_labels(labels, stay(grid.ndim), grid, vote=False)
+    return labels if labels.grid.same_as(grid) else warp_labels(labels, Transform.identity(grid.ndim), grid, vote=False)
 
 
 def _by_label(

@@ -6,15 +6,15 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regtool.engines import names, summary
+from regtool.config.schema import Grid, Parameters, Preprocess, Regularization, TrainingSimilarity
 from regtool.errors import ModelError, UsageError
 from regtool.io.files import refuse_existing, require_file, sha256
 from regtool.io.models import bundled, find_model, read_card
-from regtool.parameters import Grid, Parameters, Preprocess, Regularity, Similarity
+from regtool.methods import names, summary
 
 if TYPE_CHECKING:
-    from regtool.engines._engine import Engine
     from regtool.io.keras import Convolution
+    from regtool.methods.base import Engine
 
 
 def methods() -> list[dict[str, str]]:
@@ -47,7 +47,7 @@ def changed_parameters(card: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def verify(model: str) -> dict[str, Any]:
     """Whether a model's weights are those that were written, finite, and fit its method exactly; ModelError where not."""
-    from regtool.engines._model import load_model
+    from regtool.methods.model_file import load_model
 
     path = find_model(model)
     engine, card = load_model(path)
@@ -61,8 +61,8 @@ def import_keras(source: Path, output: Path, overwrite: bool = False) -> dict[st
     The network saw arrays in the axis order they are stored in and put out displacements in that order; ours has x first, which is the last
     axis: the components of the last layer are reversed, so nothing is left to do at run time. Raises ModelError for any other network.
     """
-    from regtool.engines._model import save_model
     from regtool.io.keras import read_convolutions
+    from regtool.methods.model_file import save_model
 
     if output.suffix != ".safetensors":
         raise UsageError(f"a model file ends in .safetensors, got {output.name}", tip=f"-o {output.with_suffix('.safetensors')}")
@@ -79,8 +79,8 @@ def import_keras(source: Path, output: Path, overwrite: bool = False) -> dict[st
 
 def _published(layers: list[Convolution], source: Path) -> tuple[Engine, Parameters]:
     """The engine whose convolutions have exactly these shapes, with these weights; and the parameters its authors used."""
-    from regtool.engines import build
-    from regtool.engines.voxelmorph import DECODER
+    from regtool.methods import build
+    from regtool.methods.voxelmorph import DECODER
 
     arrays = [array for layer in layers for array in (layer.kernel, layer.bias)]
     if layers:
@@ -110,6 +110,6 @@ def _as_published(variant: str) -> Parameters:
         grid=Grid(spacing_mm=1.0),
         preprocess=Preprocess(intensity="percentile", percentiles=(0.0, 99.9), top=FREESURFER_TOP),
         engine={"variant": variant, "integration_steps": 0},
-        similarity=Similarity(name="lncc", window=9),
-        regularity=Regularity(diffusion={"vm1": 1.0, "vm2": 1.5}[variant]),
+        training_similarity=TrainingSimilarity(name="lncc", window=9),
+        regularization=Regularization(diffusion={"vm1": 1.0, "vm2": 1.5}[variant]),
     )

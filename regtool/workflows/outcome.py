@@ -9,19 +9,21 @@ from typing import Any, Protocol
 
 import torch
 
-from regtool.geometry.fields import invert
-from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
+from regtool.config.resolve import dump
+from regtool.config.schema import Quality
+from regtool.evaluation.summary import LABEL_INTERPOLATION, annotation_metrics
+from regtool.geometry.images import Image, Labels, Landmarks
+from regtool.geometry.inversion import invert
 from regtool.geometry.sampling import transform_points, warp_labels
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.files import explained, sha256, staged_folder, strict_json, write_text
 from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
-from regtool.metrics.summary import LABEL_INTERPOLATION, guide_scores
-from regtool.parameters import Quality, dump
+from regtool.methods.resolve import Resolved
+from regtool.registration.pipeline import Registered
+from regtool.registration.state import Annotations
 from regtool.report.content import Frame, LandmarkErrors, PageContent
-from regtool.workflows.course import Guides
-from regtool.workflows.pair import Registered
-from regtool.workflows.resolve import Resolved
-from regtool.workflows.runtime import Clock, peak_memory_mb, versions
+from regtool.runtime import Clock, peak_memory_mb, versions
 
 Threshold = tuple[str, float, float, bool]  # name, value, limit, passed
 
@@ -52,11 +54,11 @@ class Outcome:
     warnings: list[str]
     clock: Clock
     started: float
-    guides: Guides
+    annotations: Annotations
     before: Transform
 
 
-class Extra(Protocol):
+class OutputHook(Protocol):
     """What a verb that does more than `register` adds to it."""
 
     verb: str
@@ -67,8 +69,8 @@ class Extra(Protocol):
 
 def evaluated(labels: tuple[Labels, Labels] | None, landmarks: tuple[Landmarks, Landmarks] | None, start: Transform, found: Transform) -> Evaluation:
     """Dice (labels carried with the nearest neighbour) and target registration error before (`start`) and after (`found`)."""
-    before, _ = guide_scores(labels, landmarks, start, shapes=False)
-    after, warped = guide_scores(labels, landmarks, found, shapes=False)
+    before, _ = annotation_metrics(labels, landmarks, start, shapes=False)
+    after, warped = annotation_metrics(labels, landmarks, found, shapes=False)
     return Evaluation(before, after, warped)
 
 
@@ -123,7 +125,7 @@ def report_of(outcome: Outcome, checks: list[Threshold]) -> dict[str, Any]:
     return report
 
 
-def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], output: Path, extra: Extra | None = None) -> None:
+def write_folder(outcome: Outcome, report: dict[str, Any], checks: list[Threshold], output: Path, extra: OutputHook | None = None) -> None:
     """All of the output folder or nothing; `report` gets its `outputs`, `seconds` and, with an inverse, `inverse_residual_mm`."""
     run, done, clock = outcome.resolved.parameters.run, outcome.done, outcome.clock
     with staged_folder(output) as stage:
@@ -184,17 +186,17 @@ def _contours(outcome: Outcome) -> tuple[Labels, Labels, Labels] | None:
     """Of the fixed image, and of the moving one before and after."""
     from regtool.report.volumes import display_grid
 
-    if outcome.guides.labels is None or outcome.evaluation.warped_labels is None:
+    if outcome.annotations.labels is None or outcome.evaluation.warped_labels is None:
         return None
-    fixed, moving = outcome.guides.labels
+    fixed, moving = outcome.annotations.labels
     coarse = display_grid(outcome.fixed.grid)  # a full resampling would take longer than the rest of the page
     return fixed, warp_labels(moving, outcome.before, coarse, vote=False), outcome.evaluation.warped_labels
 
 
 def _errors(outcome: Outcome) -> LandmarkErrors | None:
-    if outcome.guides.landmarks is None:
+    if outcome.annotations.landmarks is None:
         return None
-    fixed, moving = (one.points for one in outcome.guides.landmarks)
+    fixed, moving = (one.points for one in outcome.annotations.landmarks)
     before, after = (moving - transform_points(t, fixed) for t in (outcome.before, outcome.done[0].transform))
     return LandmarkErrors(fixed, before, after)
 
@@ -212,7 +214,7 @@ def seconds(outcome: Outcome) -> dict[str, float]:
 
 def _found(one: Registered) -> dict[str, Any]:
     return {
-        "similarity": {"name": one.measure[0], "reason": one.measure[1], "before": one.similarity[0], "after": one.similarity[1]},
+        "similarity": {"name": one.metric[0], "reason": one.metric[1], "before": one.similarity[0], "after": one.similarity[1]},
         "jacobian": asdict(one.jacobian),
         "displacement_mm": {"mean": float(one.displacement.magnitude().mean()), "max": float(one.displacement.magnitude().max())},
         "stages": [asdict(s) | {"seconds": round(s.seconds, 3)} for s in one.stages],

@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 
-from regtool.data.preprocess import check_channels
 from regtool.errors import InputError, UsageError
-from regtool.geometry.image import DisplacementField, Image, Labels, Landmarks, Transform
-from regtool.geometry.sampling import resample, stay, warp
+from regtool.geometry.images import Image, Labels, Landmarks
+from regtool.geometry.sampling import resample, warp
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.files import check_folder, refuse_existing
 from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
 from regtool.io.transforms import read_transform
-from regtool.workflows.course import Guides, Setup
+from regtool.methods.resolve import Resolved, resolve
+from regtool.preprocessing.intensity import check_channels
+from regtool.registration.adaptation import ProgressCallback
+from regtool.registration.pipeline import Registered, register_pair
+from regtool.registration.state import Annotations, Setup
+from regtool.runtime import Clock, configure, gathered_warnings, out_of_memory_explained, pick_device
 from regtool.workflows.failure import Known, clear_failure, failure_page
-from regtool.workflows.oneshot import Progress
-from regtool.workflows.outcome import Extra, Outcome, evaluated, report_of, thresholds, write_folder
-from regtool.workflows.pair import Registered, register_pair
-from regtool.workflows.resolve import Resolved, resolve
-from regtool.workflows.runtime import Clock, configure, gathered_warnings, out_of_memory_explained, pick_device
+from regtool.workflows.outcome import Outcome, OutputHook, evaluated, report_of, thresholds, write_folder
 
 log = logging.getLogger("regtool")
 Resolver = Callable[[Path | None, tuple[str, ...], int | None], Resolved]
@@ -65,7 +66,7 @@ class Result:
     report: dict[str, Any]
 
 
-def register(request: Request, progress: Progress | None = None, resolver: Resolver = resolve, extra: Extra | None = None) -> Result:
+def register(request: Request, progress: ProgressCallback | None = None, resolver: Resolver = resolve, extra: OutputHook | None = None) -> Result:
     """Registers the moving image to the fixed one and writes the output folder, report.json last.
 
     Raises UsageError, ParameterError (exit 2), InputError, GeometryError, ModelError (3), OutOfMemory (5), OutputError (1). Nothing is written then,
@@ -83,15 +84,15 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
         clear_failure(request.output)
     with gathered_warnings() as warnings, out_of_memory_explained():
         with clock("read"):
-            fixed, moving, guides = read_inputs(request)
+            fixed, moving, annotations = read_inputs(request)
             resolved = resolver(request.parameter_file, request.overrides, fixed.grid.ndim)
-            _judge_channels(fixed, moving, resolved.parameters.measure.channel_weights)
+            _judge_channels(fixed, moving, resolved.parameters.metric.channel_weights)
         run = resolved.parameters.run
         device = pick_device(run.device)
         configure(run.threads, run.seed)
         initial = read_transform(Path(run.initial_transform), fixed.grid) if run.initial_transform else None
         engine = resolved.engine.to(device) if resolved.engine is not None else None
-        before = initial or stay(fixed.grid.ndim)
+        before = initial or Transform.identity(fixed.grid.ndim)
         sources = _source(request.fixed), _source(request.moving)
         known = Known(sources, fixed, moving, before, resolved, request.command, warnings, clock, started)
         with failure_page(known, request.output if run.qc else None), out_of_memory_explained():
@@ -100,14 +101,14 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
                 moving,
                 Setup(resolved.parameters, engine, device, initial, progress, extra is not None, by_default=resolved.by_default),
                 clock,
-                guides,
+                annotations,
             )
         warped = done[0].warped
         if moving.time is not None:
             frames = [d.warped.data for d in done]
             together = warp(moving, Transform((done[0].displacement,)), fixed.grid, run.outside, device).data if len(done) == 1 else torch.cat(frames)
             warped = Image(together, fixed.grid, moving.time)
-        evaluation = evaluated(guides.labels, guides.landmarks, before, done[0].transform)
+        evaluation = evaluated(annotations.labels, annotations.landmarks, before, done[0].transform)
         outcome = Outcome(
             *sources,
             fixed,
@@ -121,7 +122,7 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
             warnings,
             clock,
             started,
-            guides,
+            annotations,
             before,
         )
         checks = thresholds(outcome)
@@ -131,11 +132,11 @@ def register(request: Request, progress: Progress | None = None, resolver: Resol
     return Result(warped, tuple(d.displacement for d in done), tuple(d.transform for d in done), report)
 
 
-def read_inputs(request: Request) -> tuple[Image, Image, Guides]:
+def read_inputs(request: Request) -> tuple[Image, Image, Annotations]:
     """Both images, and masks, labels and landmarks where they are given. UsageError, InputError and GeometryError for what does not fit."""
     fixed, moving = _read_pair(request)
     masks = _mask(request.fixed_mask, "fixed", fixed, request.fix_header), _mask(request.moving_mask, "moving", moving, request.fix_header)
-    return fixed, moving, Guides(*masks, _labels(request, fixed, moving), _landmarks(request, fixed, moving))
+    return fixed, moving, Annotations(*masks, _labels(request, fixed, moving), _landmarks(request, fixed, moving))
 
 
 def default_output(fixed: Path, moving: Path) -> Path:
@@ -231,10 +232,10 @@ def _both(fixed: Path | None, moving: Path | None, what: str) -> bool:
     return fixed is not None
 
 
-def _frames(fixed: Image, moving: Image, setup: Setup, clock: Clock, guides: Guides) -> list[Registered]:
+def _frames(fixed: Image, moving: Image, setup: Setup, clock: Clock, annotations: Annotations) -> list[Registered]:
     """One registration, or one for each time point of the moving image."""
     if moving.time is None:
-        return [register_pair(fixed, moving, setup, clock, guides)]
+        return [register_pair(fixed, moving, setup, clock, annotations)]
     if setup.parameters.run.time == "one":
-        return [register_pair(fixed, Image(moving.data.mean(dim=0, keepdim=True), moving.grid), setup, clock, guides)]
-    return [register_pair(fixed, moving.channel(t), replace(setup, name=f"time point {t}"), clock, guides) for t in range(len(moving.data))]
+        return [register_pair(fixed, Image(moving.data.mean(dim=0, keepdim=True), moving.grid), setup, clock, annotations)]
+    return [register_pair(fixed, moving.channel(t), replace(setup, name=f"time point {t}"), clock, annotations) for t in range(len(moving.data))]

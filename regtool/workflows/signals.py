@@ -22,7 +22,7 @@ class Asked:
 
 
 @contextlib.contextmanager
-def heeded() -> Iterator[Asked]:
+def graceful_shutdown() -> Iterator[Asked]:
     """SIGINT, SIGTERM and SIGUSR1 are noted instead of ending the process; a second SIGINT or SIGTERM acts at once.
 
     On leaving, a noted stop is raised again for whoever handled it before. Elsewhere than in the main thread nothing is changed.

@@ -16,26 +16,27 @@ from typing import Any
 
 import torch
 
-from regtool.data.augment import augmented
-from regtool.data.batch import Batch
-from regtool.data.dataset import Dataset, Order
-from regtool.data.synthesis import synthetic
-from regtool.engines import engine_section, read_parameters
+from regtool.config.schema import Parameters
 from regtool.errors import InputError, OutOfMemory, ParameterError, UsageError
-from regtool.geometry.image import Affine, Image
-from regtool.geometry.sampling import stay
+from regtool.geometry.images import Image
+from regtool.geometry.transforms import Affine, Transform
 from regtool.io.events import Events
 from regtool.io.files import check_folder
 from regtool.io.pairs import Pairs, read_list, split
-from regtool.optimise.align import align
-from regtool.parameters import Parameters
-from regtool.workflows.planner import check_training, too_large
-from regtool.workflows.pretrained import first_engine, parent, pretrained
-from regtool.workflows.resolve import resolve
-from regtool.workflows.run_folder import MODEL, PAIRS, REPORT, STATE, Progress, RunFolder, numbers
-from regtool.workflows.runtime import configure, gathered_warnings, memory_limit_bytes, out_of_memory_explained, peak_memory_mb, pick_device, versions
-from regtool.workflows.signals import Asked, heeded
-from regtool.workflows.trainer import Ranks, Trainer, joined, spread
+from regtool.methods import engine_section, read_parameters
+from regtool.methods.pretrained import first_engine, parent, pretrained
+from regtool.methods.resolve import resolve
+from regtool.preprocessing.batch import Batch
+from regtool.registration.initialization import align
+from regtool.registration.memory import check_training, too_large
+from regtool.runtime import configure, gathered_warnings, memory_limit_bytes, out_of_memory_explained, peak_memory_mb, pick_device, versions
+from regtool.training.augmentation import augmented
+from regtool.training.dataset import Dataset, Order
+from regtool.training.distributed import DistributedContext, process_group
+from regtool.training.run_folder import MODEL, PAIRS, REPORT, STATE, RunFolder, TrainingState, numbers
+from regtool.training.synthesis import synthetic
+from regtool.training.trainer import Trainer, evenly_spaced
+from regtool.workflows.signals import Asked, graceful_shutdown
 
 log = logging.getLogger("regtool")
 
@@ -67,10 +68,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Moment:
+class ProgressEvent:
     """What a watcher is told. terms: weighted, means since the last row of the history; fresh: a validation was just made."""
 
-    progress: Progress
+    progress: TrainingState
     steps: int
     terms: dict[str, float]
     pairs_per_second: float
@@ -79,7 +80,7 @@ class Moment:
     fresh: bool
 
 
-Watch = Callable[[Moment], None]
+Watch = Callable[[ProgressEvent], None]
 
 
 def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
     Raises UsageError and ParameterError (wrong or changed parameters, a run that is there), InputError (lists, images, resume state),
     OutOfMemory with the largest grid that fits, DivergedError, OutputError. The last checkpoint stays whole in any case.
     """
-    ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))  # set by torchrun
+    ranks = DistributedContext(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))  # set by torchrun
     parameters = _parameters(request)
     _check_output(request)
     with gathered_warnings(once=True) as warnings:
@@ -108,10 +109,10 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
         }
         told = {**feed.told, "validation_pairs": held_out.count, "device": str(device), **({"parent": origin} if origin else {})}
         folder = RunFolder(request.output, parameters, identity, {**told, "seed": parameters.run.seed})
-        with _memory_explained(parameters, shape, most), heeded() as asked, joined(ranks, device):
+        with _memory_explained(parameters, shape, most), graceful_shutdown() as asked, process_group(ranks, device):
             torch.manual_seed(parameters.run.seed)
             # nothing here may hold the trainer: its share in the group of processes has to be gone before the group is
-            progress = _Course(
+            progress = _TrainingRun(
                 request,
                 parameters,
                 Trainer(first_engine(_learning(parameters, request.synthetic), len(shape)), parameters, feed, device, ranks),
@@ -132,7 +133,7 @@ class _Feed:
 
     def some(self) -> Iterator[Batch]:
         """A few, to see how large they are."""
-        return (self.source.sample(i) for i in spread(len(self.pairs), PLANNED_ON))
+        return (self.source.sample(i) for i in evenly_spaced(len(self.pairs), PLANNED_ON))
 
     def pair(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(hash((self.seed, draw)) % 2**63)
@@ -173,15 +174,15 @@ class _HeldOut:
         return (self._pair(i) for i in self._chosen)
 
 
-class _Course:
+class _TrainingRun:
     """The steps of one training, and when what is written."""
 
     def __init__(self, request: Request, parameters: Parameters, trainer: Trainer, folder: RunFolder, watch: Watch | None) -> None:
         self.request, self.parameters, self.section = request, parameters, parameters.train
         self.trainer, self.folder, self.watch = trainer, folder, watch if trainer.ranks.first else None
-        self.progress = Progress()
+        self.progress = TrainingState()
 
-    def run(self, held_out: Callable[[], Iterable[Batch]], asked: Asked) -> Progress:
+    def run(self, held_out: Callable[[], Iterable[Batch]], asked: Asked) -> TrainingState:
         """Up to `steps`, `max_minutes` or a signal; a checkpoint at the end in any case but an error."""
         first, section = self.trainer.ranks.first, self.section
         self._begin(held_out)
@@ -270,7 +271,7 @@ class _Course:
             left = (section.steps - progress.step) * seconds_a_step
             if section.max_minutes is not None:
                 left = min(left, max(0.0, 60 * section.max_minutes - progress.seconds))
-            self.watch(Moment(progress, section.steps, terms, speed, left, peak_memory_mb(), fresh))
+            self.watch(ProgressEvent(progress, section.steps, terms, speed, left, peak_memory_mb(), fresh))
 
     def _save(self, last: bool) -> None:
         """A checkpoint; without held-out pairs the latest weights are the best ones."""
@@ -311,10 +312,12 @@ def _parameters(request: Request) -> Parameters:
 
 
 def _learning(parameters: Parameters, of_synthetic: bool) -> Parameters:
-    """What the engine learns with. A model file keeps similarity.weight, for whoever goes on with real images."""
+    """What the engine learns with. A model file keeps training_similarity.weight, for whoever goes on with real images."""
     if not of_synthetic:
         return parameters
-    return parameters.model_copy(update={"similarity": parameters.similarity.model_copy(update={"weight": parameters.synthesis.similarity})})
+    return parameters.model_copy(
+        update={"training_similarity": parameters.training_similarity.model_copy(update={"weight": parameters.synthesis.similarity})}
+    )
 
 
 def _check_output(request: Request) -> None:
@@ -331,7 +334,7 @@ def _check_output(request: Request) -> None:
         )
 
 
-def _device(parameters: Parameters, ranks: Ranks) -> torch.device:
+def _device(parameters: Parameters, ranks: DistributedContext) -> torch.device:
     """One GPU a process where several train together. UsageError for bf16 elsewhere than on CUDA."""
     name = parameters.run.device
     if ranks.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
@@ -361,7 +364,7 @@ def _sources(request: Request, parameters: Parameters, limit_bytes: int, device:
         held_out = _HeldOut(lambda i: made(seed=(parameters.run.seed, VALIDATING, i)), range(wanted), "synthetic")
     else:
         kept = Dataset(validating, parameters, limit_bytes // 8, aligner, fix_header=request.fix_header)
-        held_out = _HeldOut(kept.sample, spread(len(validating), wanted), _fingerprint(validating))
+        held_out = _HeldOut(kept.sample, evenly_spaced(len(validating), wanted), _fingerprint(validating))
     if learning is None or request.data is None:
         return _SyntheticFeed(parameters, device), held_out
     unsupervised = not any(weight for _, weight in parameters.supervision)
@@ -379,7 +382,7 @@ def _largest_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 def _fingerprint(pairs: Pairs) -> str:
     """Tells lists apart: their length, and a digest of a thousand of their ids."""
-    digest = hashlib.sha256("\n".join(pairs[i].id for i in spread(len(pairs), 1000)).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(pairs[i].id for i in evenly_spaced(len(pairs), 1000)).encode()).hexdigest()
     return f"{len(pairs)} ({digest[:12]})"
 
 
@@ -387,7 +390,7 @@ def _aligner(parameters: Parameters) -> Callable[[Image, Image], Affine | None] 
     """What `[align]` asks for, for a pair of images."""
     if parameters.align.method == "none":
         return None
-    return lambda fixed, moving: align(fixed, moving, parameters.align.method, stay(fixed.grid.ndim)).affine
+    return lambda fixed, moving: align(fixed, moving, parameters.align.method, Transform.identity(fixed.grid.ndim)).affine
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from regtool.errors import InputError, UsageError
-from regtool.geometry.fields import Residual, invert
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Affine, DisplacementField, Part, Transform
+from regtool.geometry.inversion import Residual, invert
+from regtool.geometry.transforms import Affine, DisplacementField, Part, Transform
 from regtool.io.files import refuse_existing
 from regtool.io.images import read_grid
 from regtool.io.learn2reg import read_learn2reg, write_learn2reg

@@ -15,8 +15,10 @@ import torch
 
 from regtool.errors import GeometryError, InputError, UsageError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.image import Affine, Labels, Transform, chained
+from regtool.geometry.images import Labels
+from regtool.geometry.inversion import invert_points
 from regtool.geometry.sampling import transform_points, warp, warp_labels
+from regtool.geometry.transforms import Transform, chained
 from regtool.io.files import refuse_existing
 from regtool.io.images import check_writable, read_grid, read_image, read_labels, suffix_of, write_image, write_labels
 from regtool.io.points import Space, check_points_writable, map_points
@@ -26,7 +28,6 @@ from regtool.io.transforms import read_transform
 log = logging.getLogger("regtool")
 
 Interpolation = Literal["linear", "nearest", "label", "bspline"]
-TOLERANCE_MM = 1e-4
 FAR_MM = 0.1  # an inverse that misses by more than this is worth a warning
 
 
@@ -134,33 +135,6 @@ def warp_points(
             len(every),
         )
     return WarpedPoints(tuple(outputs), counts, (float(every.mean()), float(every.max())), time.perf_counter() - start)
-
-
-def invert_points(transform: Transform, points: Array, iterations: int = 200) -> tuple[Array, Array]:
-    """((P, D) x with `T(x) = y`, (P,) distance of T(x) from y), mm, for (P, D) points y in moving space.
-
-    Exact for affines. Else a damped fixed-point iteration on each point, whose affine parts are undone exactly: a step that would not
-    come closer is not taken but halved.
-    """
-    y = np.asarray(points, dtype=np.float64)
-    affine = Affine.identity(transform.ndim)
-    for part in transform.parts:
-        affine = part.after(affine) if isinstance(part, Affine) else affine
-    back = affine.inverse()
-    x = y @ back.matrix.T + back.translation
-    error = transform_points(transform, x) - y
-    size, step = np.linalg.norm(error, axis=1), np.ones((len(y), 1))
-    for _ in range(iterations):
-        todo = (size > TOLERANCE_MM / 10) & (step[:, 0] > 1e-4)
-        if not todo.any():
-            break
-        trial = x[todo] - step[todo] * (error[todo] @ back.matrix.T)
-        missed = transform_points(transform, trial) - y[todo]
-        closer = np.linalg.norm(missed, axis=1) < size[todo]
-        taken = np.flatnonzero(todo)[closer]
-        x[taken], error[taken], size[taken] = trial[closer], missed[closer], np.linalg.norm(missed[closer], axis=1)
-        step[todo] = np.where(closer[:, None], np.minimum(1.0, 1.5 * step[todo]), step[todo] / 2)
-    return x, size
 
 
 def _warp_one(

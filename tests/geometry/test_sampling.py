@@ -9,8 +9,9 @@ import torch
 
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Affine, DisplacementField, Image, Labels, Transform, chained
+from regtool.geometry.images import Image, Labels
 from regtool.geometry.sampling import displacement_on, linearised, resample, resize_voxels, transform_points, warp, warp_labels, warp_voxels
+from regtool.geometry.transforms import Affine, DisplacementField, Transform, chained
 from tests.conftest import random_grid, random_image, sitk_field, smooth_field, to_sitk
 
 SEEDS = [0, 1, 2]

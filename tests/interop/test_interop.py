@@ -16,8 +16,9 @@ import SimpleITK as sitk
 import torch
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Affine, DisplacementField, Image, Landmarks, Transform
+from regtool.geometry.images import Image, Landmarks
 from regtool.geometry.sampling import displacement_on, transform_points
+from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.io.images import read_image, write_image
 from regtool.io.itk_transforms import to_sitk_transform
 from regtool.io.points import write_points

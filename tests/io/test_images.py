@@ -13,8 +13,9 @@ import torch
 
 from regtool.errors import GeometryError, InputError, OutputError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image, Labels, Transform
-from regtool.geometry.sampling import resample, stay
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.sampling import resample
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import (
     displacement_to_sitk,
     read_displacement,
@@ -299,7 +300,7 @@ def test_labels_must_be_whole(tmp_path: Path) -> None:
     with pytest.raises(GeometryError, match="components"):
         DisplacementField(torch.zeros(3, 4, 4), Grid.regular((4, 4)))
     with pytest.raises(GeometryError, match="different dimension"):
-        Transform((stay(2).parts[0], stay(3).parts[0]))
+        Transform((Transform.identity(2).parts[0], Transform.identity(3).parts[0]))
 
 
 @pytest.mark.data

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from regtool.errors import InputError
-from regtool.geometry.image import DisplacementField, Transform
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.intact import check_complete, nifti_kind, safe_for_itk
 from regtool.io.transforms import read_transform, write_transform
 from tests.conftest import random_grid, smooth_field

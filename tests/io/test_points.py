@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from regtool.errors import GeometryError, InputError
-from regtool.geometry.image import Landmarks
+from regtool.geometry.images import Landmarks
 from regtool.io.points import Space, check_points_writable, is_point_file, map_points, read_points, write_points
 from tests.conftest import random_grid
 

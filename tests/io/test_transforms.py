@@ -14,8 +14,8 @@ import torch
 
 from regtool.errors import GeometryError, InputError, RegtoolError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Affine, DisplacementField, PointMap, Transform
 from regtool.geometry.sampling import displacement_on, transform_points
+from regtool.geometry.transforms import Affine, DisplacementField, PointMap, Transform
 from regtool.io.bspline import bspline
 from regtool.io.images import write_displacement, write_image
 from regtool.io.itk_transforms import from_sitk_transform, to_sitk_transform

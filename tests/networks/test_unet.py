@@ -10,11 +10,11 @@ import pytest
 import torch
 from scipy.ndimage import correlate
 
-from regtool.engines._model import load_model
-from regtool.engines.voxelmorph import DECODER, ENCODER
-from regtool.geometry.image import DisplacementField, Transform
 from regtool.geometry.sampling import warp_labels
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import read_image, read_labels
+from regtool.methods.model_file import load_model
+from regtool.methods.voxelmorph import DECODER, ENCODER
 from regtool.networks.blocks import SameConv, UpConv, at_multiple, double
 from regtool.networks.unet import UNet
 from regtool.workflows.models import import_keras

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image, Labels
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.transforms import DisplacementField
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.page import qc_html
 

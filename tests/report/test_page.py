@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from regtool.errors import GeometryError
-from regtool.geometry.fields import jacobian_determinant
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import DisplacementField, Image, Labels
+from regtool.geometry.images import Image, Labels
+from regtool.geometry.jacobian import jacobian_determinant
+from regtool.geometry.transforms import DisplacementField
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.figures import anatomy, planes, window
 from regtool.report.page import number, qc_html, qc_png

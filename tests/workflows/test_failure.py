@@ -11,12 +11,12 @@ import torch
 
 from regtool.errors import GeometryError, InputError, RegtoolError
 from regtool.geometry.grid import Grid
-from regtool.geometry.image import Image
+from regtool.geometry.images import Image
 from regtool.io.images import write_image
 from regtool.workflows import register as module
 from regtool.workflows.register import Request, register
 
-QUICK = ("refine.iterations=2", "refine.levels=1", "run.threads=1", "align.method=none", "measure.name=ncc")
+QUICK = ("refine.iterations=2", "refine.levels=1", "run.threads=1", "align.method=none", "metric.name=ncc")
 LEFT = {"qc.html", "qc.png", "failed.json"}
 
 

@@ -19,20 +19,20 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from regtool import engines
+from regtool import methods as engines
 from regtool.cli.app import main
-from regtool.engines._engine import Engine
-from regtool.engines._model import load_model
+from regtool.config.schema import Parameters
 from regtool.errors import DivergedError, InputError, OutOfMemory, OutputError, ParameterError, UsageError
 from regtool.io import checkpoints
 from regtool.io.checkpoints import read_checkpoint
 from regtool.io.models import read_tensors
-from regtool.parameters import Parameters
-from regtool.workflows.planner import SHARE, training_bytes
-from regtool.workflows.run_folder import STATE
-from regtool.workflows.train import Moment, Request, train
+from regtool.methods.base import Engine
+from regtool.methods.model_file import load_model
+from regtool.registration.memory import LIMIT_SHARE, training_bytes
+from regtool.training.run_folder import STATE
+from regtool.workflows.train import ProgressEvent, Request, train
+from tests.cli.test_cli import call
 from tests.conftest import blobs, heeds_interrupts
-from tests.test_cli import call
 
 QUICK = ("train.validate_every=4", "train.checkpoint_every=4", "train.log_every=2", "train.learning_rate=1e-3", "run.threads=1", "align.method=none")
 
@@ -206,7 +206,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(data: P
     script.write_text(
         "import sys, torch\n"
         "from regtool.cli.app import main\n"
-        "from regtool.workflows.trainer import Trainer\n"
+        "from regtool.training.trainer import Trainer\n"
         "plain = Trainer.update\n"
         "def update(self, step):\n"
         "    found = plain(self, step)\n"
@@ -323,10 +323,12 @@ def test_a_loss_without_a_term_is_refused_before_anything_is_written(data: Path,
     train(request(data, run, "train.steps=2"))
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(ParameterError, match="nothing to learn from") as error:
-        train(request(data, run, "similarity.weight=0", "regularity.diffusion=0", "train.steps=2", overwrite=True))
-    assert "similarity.weight" in str(error.value.tip)
+        train(request(data, run, "training_similarity.weight=0", "regularization.diffusion=0", "train.steps=2", overwrite=True))
+    assert "training_similarity.weight" in str(error.value.tip)
     assert {path: path.read_bytes() for path in run.iterdir()} == before
-    assert train(request(data, run, "similarity.weight=0", "regularity.diffusion=0", "supervision.dice=1", "train.steps=2", overwrite=True))
+    assert train(
+        request(data, run, "training_similarity.weight=0", "regularization.diffusion=0", "supervision.dice=1", "train.steps=2", overwrite=True)
+    )
 
 
 def test_bad_lists(data: Path, tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_bad_lists(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_training_too_large_says_which_grid_fits(data: Path, tmp_path: Path) -> None:
-    least, most = (training_bytes(Parameters(method="voxelmorph"), shape) / SHARE / 2**30 for shape in ((1, 1), (24, 28)))
+    least, most = (training_bytes(Parameters(method="voxelmorph"), shape) / LIMIT_SHARE / 2**30 for shape in ((1, 1), (24, 28)))
     limit = (least + 2 * most) / 3
     with pytest.raises(OutOfMemory, match=r"28x24 voxels needs [\d.]+ GB, 0.\d+ GB may be used; the largest grid that fits is \d+x\d+") as error:
         train(request(data, tmp_path / "run", f"run.max_memory_gb={limit}", "train.steps=1"))
@@ -365,7 +367,7 @@ def test_tiny_images_train(tmp_path: Path) -> None:
 
 
 def test_supervision_is_a_term_of_its_own(data: Path, tmp_path: Path) -> None:
-    seen: list[Moment] = []
+    seen: list[ProgressEvent] = []
     overrides = ("method=voxelmorph", *QUICK, "train.steps=2", "supervision.dice=0.5", "supervision.landmarks=0.1")
     train(Request(data / "images.csv", tmp_path / "run", None, overrides), seen.append)
     assert {"lncc", "diffusion", "dice", "landmarks"} == set(seen[-1].terms)
