@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from regtool.config.schema import Metric, Oneshot, Parameters
+from regtool.config.registration import Align, Metric, Oneshot
+from regtool.config.schema import Parameters
 from regtool.evaluation.intensity import intensity_agreement
 from regtool.evaluation.overlap import dice
 from regtool.evaluation.surface import surface_distances
@@ -95,7 +96,7 @@ def subject(pair: Pair) -> Subject:
     """Read and aligned."""
     fixed, moving = read_image(pair.fixed.image), read_image(pair.moving.image)
     labels = read_labels(pair.fixed.labels), read_labels(pair.moving.labels)
-    return Subject(fixed, moving, labels, Transform((align(fixed, moving, "auto", Transform.identity(fixed.grid.ndim)).affine,)))
+    return Subject(fixed, moving, labels, Transform((align(fixed, moving, Align(), Transform.identity(fixed.grid.ndim)).affine,)))
 
 
 def scores(subject: Subject, transform: Transform, counting: tuple[int, ...]) -> list[float]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from regtool.config.registration import Align
 from regtool.config.schema import Parameters
 from regtool.evaluation.overlap import counts, dice
 from regtool.geometry.images import Image
@@ -58,7 +59,7 @@ def evaluated(model: Path, pairs: Pairs) -> list[float]:
 
         still = Transform.identity(fixed.grid.ndim)
         alone = network_field(engine, parameters, fixed, moving, still)
-        aligned = Transform((align(fixed, moving, "auto", still).affine,))
+        aligned = Transform((align(fixed, moving, Align(), still).affine,))
         both = network_field(engine, parameters, fixed, moving, aligned)
         folding = jacobian_statistics(jacobian_determinant(displacement_on(alone, fixed.grid))).folding_percent
         rows.append([score(still), score(alone), folding, score(aligned), score(both)])

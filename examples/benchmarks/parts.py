@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from regtool.config.registration import Align
 from regtool.geometry.images import Image
 from regtool.geometry.sampling import transform_points
 from regtool.geometry.transforms import Affine, Transform
@@ -51,7 +52,7 @@ def main(data: Path) -> None:
     """Prints one line for each set: how many parts were found, of how many."""
     for name, files in VOLUMES.items():
         images = (read_image(data / files[0]).grey(), read_image(data / files[1]).grey())
-        whole = align(*images, "auto", Transform.identity(3)).affine
+        whole = align(*images, Align(), Transform.identity(3)).affine
         counts = [0] * len(OFF)
         for (low, high), which, (k, off) in itertools.product(PARTS[3].values(), (0, 1), enumerate(OFF)):
             counts[k] += missed(images, whole, which, low, high, off) < 6
@@ -60,7 +61,7 @@ def main(data: Path) -> None:
         found = total = 0
         for one, other in pairs:
             images = (read_image(one).grey(), read_image(other).grey())
-            whole = align(*images, "auto", Transform.identity(2)).affine
+            whole = align(*images, Align(), Transform.identity(2)).affine
             for (low, high), which in itertools.product(PARTS[2].values(), (0, 1)):
                 found += missed(images, whole, which, low, high, 0.0) < 0.05 * float(np.mean(images[0].grid.extent))
                 total += 1
@@ -96,7 +97,7 @@ def missed(images: tuple[Image, Image], truth: Affine, which: int, low: tuple[fl
         shift = shift if off is None else shift + off * np.array([1, -1, 1]) / np.sqrt(3)
         expected = expected + shift
         pair = (fixed, Image(moving.data, replace(moving.grid, origin=tuple((np.array(moving.grid.origin) + shift).tolist()))))
-    return float(np.linalg.norm(moved(align(*pair, "auto", Transform.identity(ndim)).affine, points) - expected, axis=1).mean())
+    return float(np.linalg.norm(moved(align(*pair, Align(), Transform.identity(ndim)).affine, points) - expected, axis=1).mean())
 
 
 def cut(image: Image, low: tuple[float, ...], high: tuple[float, ...]) -> tuple[Image, np.ndarray]:

@@ -1,4 +1,4 @@
-"""`regtool parameters init|check`."""
+"""`regtool parameters init|check|explain`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def init(
         str | None, typer.Argument(help="A registration method, see `regtool methods`. Left out: no network.", show_default=False)
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Left out: stdout.", show_default=False)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also the numbers of the algorithm that few ever change.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Print a complete parameter file of METHOD, each field with its meaning and default."""
+    """Print a parameter file of METHOD, each field with its meaning and default."""
     from regtool.config.resolve import dump
     from regtool.io.files import refuse_existing, write_text
     from regtool.methods import parameters_of, read_parameters
@@ -29,7 +30,7 @@ def init(
     engine = parameters_of(method)() if method else None
     name = output.name if output else "FILE.toml"
     opening = f"Register:  regtool register FIXED MOVING -p {name}\nCheck:     regtool parameters check {name}"
-    text = dump(read_parameters(None, (f"method={method}",) if method else ()), opening, engine, documented=True)
+    text = dump(read_parameters(None, (f"method={method}",) if method else ()), opening, engine, documented=True, advanced=everything)
     if output is None:
         print(text, end="")
         return
@@ -47,3 +48,18 @@ def check(file: Annotated[Path, typer.Argument(help="A parameter file.")], overr
     engine = engine_section(parameters, file, tuple(overrides or ()))
     found = parameters.model_copy(update={"engine": engine.model_dump() if engine else {}}).model_dump(mode="json")
     emit({"file": str(file), "valid": True, "parameters": found}, [(str(file), f"valid, method {parameters.method or 'none'}")], as_json)
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="section.key, for example align.overlap_power.", metavar="SECTION.KEY")],
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Whose [engine] is meant, and whose defaults.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell all about one parameter: meaning, unit, range, default, and what a tuned number was chosen on."""
+    from regtool.config.resolve import explanation
+    from regtool.methods import parameters_of, read_parameters
+
+    parameters = read_parameters(None, (f"method={method}",) if method else ())
+    found = explanation(key, parameters, parameters_of(method)() if method else None)
+    emit(found, [(name.replace("_", " "), str(value)) for name, value in found.items()], as_json)

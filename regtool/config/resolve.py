@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from regtool.config.schema import Parameters, Section
-from regtool.config.toml import explained, merged, read_tables, set_value
+from regtool.config.schema import Parameters
+from regtool.config.section import Section
+from regtool.config.toml import explained, merged, new_name, read_tables, set_value
+from regtool.errors import ParameterError, did_you_mean
 
 S = TypeVar("S", bound=Section)
 
 
+_INIT_TIP = "`regtool parameters init --all` prints every parameter with its meaning"
 MODEL_SECTIONS = ("method", "grid", "preprocess", "engine", "training_similarity", "regularization", "supervision")  # what a model brings with it
 Defaults = Callable[[str], dict[str, Any]]
 
@@ -47,28 +51,80 @@ def validated(schema: type[S], table: dict[str, Any], prefix: str, path: Path | 
         raise explained(error, schema, path, read_tables(path)[1] if path else {}, prefix, overrides) from error
 
 
-def dump(parameters: Parameters, opening: str, engine: Section | None = None, documented: bool = False) -> str:
-    """The whole file as TOML, `opening` as its first comment lines; with each field's meaning beside it where `documented`."""
-    import tomlkit
+def dump(parameters: Parameters, opening: str, engine: Section | None = None, *, documented: bool = False, advanced: bool = True) -> str:
+    """The whole file as TOML, `opening` as its first comment lines; with each field's meaning beside it where `documented`.
 
-    out = [*(f"# {line}" for line in opening.splitlines()), ""]
-
-    def rows(section: BaseModel) -> None:
-        for key, info in type(section).model_fields.items():
-            value = getattr(section, key)
-            if isinstance(value, BaseModel | dict):
-                continue
-            comment = f"  # {info.description}" if documented else ""
-            if value is None:
-                if documented:
-                    out.append(f"# {key} ={comment}")
-                continue
-            out.append(f"{key} = {tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()}{comment}")
-
-    rows(parameters)
+    advanced: with the numbers that few ever change too.
+    """
+    out = [*(f"# {line}" for line in opening.splitlines()), "", *_rows(parameters, documented, advanced)]
     for name in type(parameters).model_fields:
         section = engine if name == "engine" else getattr(parameters, name)
         if isinstance(section, BaseModel):
-            out += ["", f"[{name}]"]
-            rows(section)
+            out += _table(name, section, documented, advanced)
     return "\n".join(out) + "\n"
+
+
+def _table(name: str, section: BaseModel, documented: bool, advanced: bool) -> list[str]:
+    """A section, its own tables last; nothing of one that has only what is left out."""
+    rows = _rows(section, documented, advanced)
+    out = ["", f"[{name}]", *rows] if rows else []
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, dict) and (advanced or not is_advanced(info)):
+            out += [line for inner, table in value.items() for line in _table(f"{name}.{key}.{inner}", table, documented, advanced)]
+    return out
+
+
+def _rows(section: BaseModel, documented: bool, advanced: bool) -> list[str]:
+    import tomlkit
+
+    out = []
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel | dict) or (is_advanced(info) and not advanced):
+            continue
+        comment = f"  # {info.description}" if documented else ""
+        if value is not None:
+            out.append(f"{key} = {tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()}{comment}")
+        elif documented:
+            out.append(f"# {key} ={comment}")
+    return out
+
+
+def is_advanced(info: FieldInfo) -> bool:
+    """Whether a field is one of the numbers that few ever change."""
+    return isinstance(info.json_schema_extra, dict) and bool(info.json_schema_extra.get("advanced"))
+
+
+def explanation(key: str, parameters: Parameters, engine: Section | None = None) -> dict[str, Any]:
+    """What there is to know of one parameter: key, meaning, value (the default), and where they apply unit, range, choices, chosen_on.
+
+    ParameterError, with the nearest key, where there is none of that name. engine: the method's own section.
+    """
+    *sections, name = new_name(key.strip()).split(".")
+    holder: BaseModel = parameters
+    for section in sections:
+        inner = engine if holder is parameters and section == "engine" and engine is not None else getattr(holder, section, None)
+        if not isinstance(inner, BaseModel):
+            raise ParameterError(f"{key}: there is no section {section}; {did_you_mean(section, list(type(holder).model_fields))}", tip=_INIT_TIP)
+        holder = inner
+    fields = type(holder).model_fields
+    if name not in fields:
+        raise ParameterError(f"{key}: unknown parameter; {did_you_mean(name, list(fields))}", tip=_INIT_TIP)
+    info, value = fields[name], getattr(holder, name)
+    if isinstance(value, BaseModel):
+        return {"key": key, "meaning": type(value).__doc__ or "", "parameters": ", ".join(type(value).model_fields)}
+    facts = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [f"{sign} {getattr(limit, short):g}" for limit in info.metadata for short, sign in signs.items() if hasattr(limit, short)]
+    choices = [str(choice) for part in (info.annotation, *get_args(info.annotation)) for choice in get_args(part) if isinstance(choice, str)]
+    found = {
+        "key": ".".join([*sections, name]),
+        "meaning": info.description,
+        "default": "left out" if value is None else value if isinstance(value, str | bool | int | float) else str(value),
+        "unit": facts.get("unit"),
+        "range": " and ".join(limits),
+        "choices": ", ".join(choices),
+        "chosen_on": facts.get("chosen_on"),
+    }
+    return {name: fact for name, fact in found.items() if fact not in (None, "")}

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from regtool.config.registration import Align, Guard, Metric, MetricName, Modality, Oneshot, Refine, SimilarityMetric
+from regtool.config.section import Section, number
 
 FORMAT = 1
 NO_MODEL = "none"
 MOST_THREADS = 1024  # with tens of thousands the thread library aborts the process
 LARGEST_SEED = 2**63 - 1
-
-
-class Section(BaseModel):
-    """A section of the file: immutable, and no key that is not declared."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Grid(Section):
@@ -30,6 +27,9 @@ class Grid(Section):
         None,
         ge=64,
         description="coarsen the finest axes until the grid has at most this many voxels; left out: no limit (with a model), 250000 (without)",
+    )
+    max_voxels_trained: int = number(
+        250_000, "the same where the network is learned on the pair from scratch and max_voxels is left out: minutes, not hours, on two cores", ge=64
     )
 
     @model_validator(mode="after")
@@ -58,45 +58,6 @@ class Preprocess(Section):
         return value
 
 
-MetricName = Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"]
-
-
-class SimilarityMetric(Section):
-    """How two images are compared."""
-
-    name: str
-    window: int | None = Field(None, ge=3, description="voxels across the window of lncc or lg, odd; left out: 9 for lncc, 7 for lg")
-    bins: int = Field(32, ge=4, le=256, description="of each image in the joint histogram of mi")
-
-    @field_validator("window")
-    @classmethod
-    def _odd(cls, value: int | None) -> int | None:
-        if value is not None and value % 2 == 0:
-            raise ValueError("expected an odd number")
-        return value
-
-
-class Metric(SimilarityMetric):
-    """What a good match is: what the guard compares, refining raises and the report states."""
-
-    name: Literal["auto", MetricName] = Field(
-        "auto",
-        description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
-        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mi, as the "
-        "intensities of the aligned images relate",
-    )
-    channel_weights: tuple[float, ...] | None = Field(
-        None, description="share of each channel of images that have several, 0 leaves one out, for example [1, 0.5]; left out: all alike"
-    )
-
-    @field_validator("channel_weights")
-    @classmethod
-    def _shares(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and (not value or min(value) < 0 or max(value) == 0):
-            raise ValueError("expected a number from 0 for each channel, at least one of them above 0")
-        return value
-
-
 class TrainingSimilarity(SimilarityMetric):
     """What a network learns to raise."""
 
@@ -120,24 +81,6 @@ class Supervision(Section):
     dice: float = Field(0.0, ge=0, description="1 - mean soft Dice of the warped labels, where a pair has labels")
     landmarks: float = Field(0.0, ge=0, description="mean distance in voxels of the mapped landmarks, where a pair has landmarks")
     displacement: float = Field(0.0, ge=0, description="mean distance in voxels to the known displacement, which synthetic pairs have")
-
-
-class Align(Section):
-    """Before the network."""
-
-    method: Literal["auto", "none", "center", "moments", "rigid", "affine"] = Field(
-        "auto",
-        description="none; center: centre of the image on centre; moments: centre of mass on centre of mass; rigid, affine: turned and shifted, also "
-        "stretched, by mutual information; auto: whichever of them is clearly better than what is simpler",
-    )
-
-
-class Oneshot(Section):
-    """Learning on the pair itself: where there is no model, and in `regtool finetune-oneshot` (Ferrante 2018)."""
-
-    iterations: int = Field(300, ge=0, description="steps at most; finetune-oneshot: 50")
-    learning_rate: float | None = Field(None, gt=0, description="of Adam; left out: 1e-3 from scratch, 1e-4 from a model's weights")
-    patience: int = Field(60, ge=1, description="stop after so many steps without a better loss")
 
 
 class Augment(Section):
@@ -227,46 +170,6 @@ class Train(Section):
         return value
 
 
-class Refine(Section):
-    """Optimising the displacement of the pair itself, after the network or instead of it."""
-
-    iterations: int = Field(60, ge=0, description="steps at each level at most, half as many after a network; 0 leaves refining out")
-    levels: int = Field(3, ge=1, le=8, description="resolutions, each half of the next; five sixths of the steps at the finest")
-    max_voxels: int = Field(1_300_000, ge=64, description="of the finest level, where the fixed image shows something")
-    step_voxels: float | None = Field(
-        None,
-        gt=0,
-        description="learning rate of Adam, in voxels of the level, at first 1.5 times as much, at last 0.45; left out: 0.4 for ngf, 0.25 for others",
-    )
-    finest: MetricName | None = Field(
-        None, description="similarity that the finest level raises; left out: ngf where [metric] is mi in 3-D, else that of [metric]"
-    )
-    diffusion: float | None = Field(
-        None,
-        ge=0,
-        description="factor of the mean squared gradient of the displacement, mm over mm; left out: 1 for mi, 0.1 for ngf, 0.5 for others, 1.5 for "
-        "lncc, and 0.3 for it where a field of 20 smoothings explains the images",
-    )
-    smoothings: int | None = Field(
-        None,
-        ge=0,
-        description="averages of the field over three voxels along each axis before it warps; left out: 40 for mi and ngf, 2 for others, and "
-        "20 for lncc where so stiff a field explains the images",
-    )
-    symmetric: bool = Field(
-        False, description="both directions at once, by a velocity: images exchanged give the inverse, nothing folds; some four times as long"
-    )
-    dice: float = Field(0.0, ge=0, description="factor of 1 - mean soft Dice, where labels are given; 0: labels only evaluate")
-    landmarks: float = Field(0.0, ge=0, description="factor of the mean distance of landmarks in voxels, where they are given; 0: they only evaluate")
-
-
-class Guard(Section):
-    """When a stage is rolled back."""
-
-    repair_folds: bool = Field(True, description="relax a field where, and only where, it folds")
-    max_folding_percent: float = Field(1.0, ge=0, le=100, description="a stage whose field still folds in more of its voxels is rolled back")
-
-
 class Quality(Section):
     """Thresholds of the result; beyond one, the run ends with exit code 4."""
 
@@ -321,6 +224,7 @@ class Parameters(Section):
     synthesis: Synthesis = Synthesis()
     train: Train = Train()
     metric: Metric = Metric()
+    modality: Modality = Modality()
     oneshot: Oneshot = Oneshot()
     refine: Refine = Refine()
     guard: Guard = Guard()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from regtool.config.resolve import load as load_parameters
 from regtool.config.resolve import validated
-from regtool.config.schema import Parameters, Section
+from regtool.config.schema import Parameters
+from regtool.config.section import Section
 from regtool.errors import ParameterError, RegtoolError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 OTHERS = ("__init__", "base", "model_file", "pretrained", "resolve")  # files here that are no methods
-LIGHT = ("typing", "pydantic", "regtool.config.schema")  # modules that a `Parameters` class may use
+LIGHT = ("typing", "pydantic", "regtool.config.schema", "regtool.config.section", "regtool.config.registration")  # what a `Parameters` may use
 
 
 def names() -> list[str]:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from regtool.config.schema import Parameters, Section
+from regtool.config.schema import Parameters
+from regtool.config.section import Section
 from regtool.errors import ParameterError
 from regtool.geometry.composition import compose_voxels
 from regtool.geometry.sampling import warp_voxels

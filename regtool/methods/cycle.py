@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from regtool.config.schema import Parameters as AllParameters
-from regtool.config.schema import Section
+from regtool.config.section import Section
 from regtool.geometry.composition import compose_voxels
 from regtool.geometry.sampling import warp_voxels
 from regtool.methods.base import Engine

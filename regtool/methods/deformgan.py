@@ -16,7 +16,8 @@ from torch import nn
 from torch.func import functional_call
 
 from regtool.config.schema import Parameters as AllParameters
-from regtool.config.schema import Section, TrainingSimilarity
+from regtool.config.schema import TrainingSimilarity
+from regtool.config.section import Section
 from regtool.deformation.dense import dense
 from regtool.geometry.sampling import warp_voxels
 from regtool.methods.base import Engine

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from regtool.config.schema import Parameters as AllParameters
-from regtool.config.schema import Section
+from regtool.config.section import Section
 from regtool.deformation.bspline import bspline, limited, thin_plate
 from regtool.errors import ParameterError
 from regtool.methods.base import Engine

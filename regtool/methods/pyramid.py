@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from regtool.config.schema import Parameters as AllParameters
-from regtool.config.schema import Section
+from regtool.config.section import Section
 from regtool.deformation.velocity import velocity
 from regtool.geometry.composition import compose_voxels
 from regtool.geometry.sampling import crop_end, pad_end, warp_voxels

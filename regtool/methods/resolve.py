@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from regtool.config.resolve import MODEL_SECTIONS
-from regtool.config.schema import NO_MODEL, Parameters, Section
+from regtool.config.schema import NO_MODEL, Parameters
+from regtool.config.section import Section
 from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import bundled_model, find_model, is_bundled, read_card
 from regtool.methods import engine_section, names, read_parameters

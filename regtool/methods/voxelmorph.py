@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from regtool.config.schema import Parameters as AllParameters
-from regtool.config.schema import Section
+from regtool.config.section import Section
 from regtool.deformation.dense import dense
 from regtool.deformation.velocity import velocity
 from regtool.methods.base import Engine

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from regtool.config.schema import Metric, Oneshot
+from regtool.config.registration import Metric, Oneshot
 from regtool.errors import DivergedError
 from regtool.geometry.sampling import warp_voxels
 from regtool.methods.base import Engine, total
@@ -21,8 +21,6 @@ from regtool.similarity import SIMILARITIES
 
 log = logging.getLogger("regtool")
 
-LEAST_GAIN = 1e-6  # of the loss: less is rounding
-RATE_SCRATCH, RATE_ADAPTING = 1e-3, 1e-4  # of Adam
 SIMILARITY_REPORTS = 50  # at the similarity, for whoever watches
 
 
@@ -61,7 +59,7 @@ def learn(engine: Engine, batch: Batch, parameters: Oneshot, metric: Metric, *, 
     """
     original, engine = engine, copy.deepcopy(engine).eval()
     last, what = engine.phases[-1], "adapting to this pair" if trained else "learning on this pair"
-    rate = parameters.learning_rate or (RATE_ADAPTING if trained else RATE_SCRATCH)
+    rate = parameters.learning_rate or (parameters.adapting_learning_rate if trained else parameters.scratch_learning_rate)
     with torch.no_grad():
         start = float(_loss(engine, batch, last))
     if not math.isfinite(start):
@@ -76,7 +74,7 @@ def learn(engine: Engine, batch: Batch, parameters: Oneshot, metric: Metric, *, 
             _update(optimisers[phase], _loss(engine, batch, phase))
         loss = _loss(engine, batch, last)
         losses.append(float(loss.detach()))
-        if losses[-1] < best - LEAST_GAIN:  # these are the weights the loss was measured with
+        if losses[-1] < best - parameters.min_gain:  # these are the weights the loss was measured with
             best, best_at = losses[-1], step
             best_state = {k: v.detach().clone() for k, v in engine.state_dict().items()}
         if final or step - best_at >= parameters.patience or not math.isfinite(losses[-1]):

@@ -1,9 +1,9 @@
 """Rigid and affine maps that raise the mutual information of two images, coarse to fine, by Gauss-Newton steps.
 
-The score is the mutual information within the overlap, in nats, times the overlap's share of the fixed image to the power OVERLAP, so that a small
-overlap does not pay. Its derivative by the joint histogram is the pointwise mutual information, but for a constant. A step is its gradient divided by
-the information that the intensities p(m | f) carry about where a voxel lies (Fisher scoring; Thevenaz & Unser 2000 scale theirs alike), so turns,
-stretches and shifts need no factors between them. No stretch is free: see STIFFNESS.
+The score is the mutual information within the overlap, in nats, times the overlap's share of the fixed image to the power `overlap_power`, so that a
+small overlap does not pay. Its derivative by the joint histogram is the pointwise mutual information, but for a constant. A step is its gradient
+divided by the information that the intensities p(m | f) carry about where a voxel lies (Fisher scoring; Thevenaz & Unser 2000 scale theirs alike),
+so turns, stretches and shifts need no factors between them. No stretch is free: see `strain_weight`. All numbers are those of `[align]`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from regtool.config.registration import Align
 from regtool.config.schema import Grid as GridParameters
 from regtool.errors import InputError
 from regtool.geometry.grid import Array, Grid
@@ -27,39 +28,17 @@ from regtool.preprocessing.masks import inpaint_outside_mask
 from regtool.preprocessing.resolution import network_grid
 from regtool.similarity.mind import mind
 
-FINEST_VOXELS = 30_000  # of the fixed image at the finest level, about; twice as many take twice as long and gain a tenth of a voxel
-MIN_LEVEL_VOXELS = 400  # of them at the coarsest level, where there are as many
-LEVELS = 3
-HISTOGRAM_BINS = (8, 32)  # of the histogram along each axis: at least, and at most where there are voxels enough
-PERCENTILES = (1.0, 99.0)  # of the intensities, which are cut off beyond
 MIN_PROBABILITY = 1e-9  # added to a probability before its logarithm
-MOVING_SPACING_RATIO = 0.6  # moving voxels to fixed ones; equal ones would draw the two lattices onto each other (Pluim 2000)
-OVERLAP_POWER = (
-    0.3  # power of the overlap's share in the score; at 1 a large field of view is squeezed into a small one, at 0 the images may slide apart
-)
-MIN_COMMON_SHARE = 0.25  # of the fixed image: with less in common two places are not compared there
-STRAIN_WEIGHT = 0.5  # nats for a stretch by a factor e; without it MR is squeezed flat into ultrasound, with it tenfold nothing else changes either
-ITERATIONS = 20  # at each level at most
-MIN_STEP = 0.02  # of the level's voxels: a step shorter than that is the last
-MAX_STEP = 4.0  # of the level's voxels: no step is longer
-MAX_STEP_LENGTH = 8.0  # times the Gauss-Newton step, which far from the summit is too careful
-MAX_SHIFTS = 1000  # tried at the coarsest level, about, with at most DRAWN of its voxels
-SHIFT_SAMPLES = 600
-MIN_SHIFT_OVERLAP = 0.6  # of the smaller field of view that a shift leaves in common at least
-CHANCE_DEVIATIONS = (
-    4.0  # standard deviations above its mean that the mutual information of independent images comes to at the best of so many shifts, about
-)
-MAX_SHIFTS_KEPT = 4  # of them are kept at most
-MIN_SHIFT_DISTANCE = 1.5  # steps of the lattice of shifts between two that are kept
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Level:
     """Two images at one resolution.
 
     fixed: (2, *shape) intensities in [0, 1] and what they count; points: (P, D) mm of its voxels that count, from `centre`; row, weight: (P,) where
     their intensities' rows of the histogram start, and what they count; moving: (2, *grid.shape) as `fixed`, with a margin of one voxel that counts
     nothing; radius: mm, root mean square of the points; spacing: mm, of the fixed voxels; centres: of mass, fixed and moving, mm.
+    numbers: those of `[align]`.
     """
 
     fixed: Image
@@ -73,6 +52,7 @@ class Level:
     spacing: float
     bins: int
     centres: tuple[Array, Array]
+    numbers: Align
 
     def index(self, affine: Affine) -> torch.Tensor:
         """(P, D) continuous voxel indices of the points in the moving image, moved by an affine from fixed to moving mm."""
@@ -91,23 +71,23 @@ class Level:
         return self.grid.rotation[:, [n == 3 for n in self.grid.size]]
 
 
-def build_levels(fixed: Image, moving: Image, fixed_mask: Image | None = None, moving_mask: Image | None = None) -> list[Level]:
-    """Coarse to fine; the moving image somewhat finer than the fixed one. Masks count where they are above zero.
+def build_levels(fixed: Image, moving: Image, numbers: Align, fixed_mask: Image | None = None, moving_mask: Image | None = None) -> list[Level]:
+    """Coarse to fine, as `[align]` says; the moving image somewhat finer than the fixed one. Masks count where they are above zero.
 
     Raises InputError for a mask without a voxel in its image.
     """
-    spacing = min(network_grid(fixed.grid, GridParameters(), FINEST_VOXELS).spacing)
+    spacing = min(network_grid(fixed.grid, GridParameters(), numbers.max_voxels).spacing)
     pairs = [
-        _scaled(_shrunk(_weighted(fixed, fixed_mask), spacing)),
-        _scaled(_shrunk(_weighted(moving, moving_mask), spacing * MOVING_SPACING_RATIO)),
+        _scaled(_shrunk(_weighted(fixed, fixed_mask), spacing), numbers.percentiles),
+        _scaled(_shrunk(_weighted(moving, moving_mask), spacing * numbers.moving_spacing_ratio), numbers.percentiles),
     ]
-    out = [_level(pairs[0], pairs[1], spacing)]
-    while len(out) < LEVELS:
+    out = [_level(pairs[0], pairs[1], spacing, numbers)]
+    while len(out) < numbers.levels:
         spacing *= 2
-        pairs = [_shrunk(pairs[0], spacing), _shrunk(pairs[1], spacing * MOVING_SPACING_RATIO)]
-        if pairs[0].grid.voxels < MIN_LEVEL_VOXELS:
+        pairs = [_shrunk(pairs[0], spacing), _shrunk(pairs[1], spacing * numbers.moving_spacing_ratio)]
+        if pairs[0].grid.voxels < numbers.min_voxels:
             break
-        out.insert(0, _level(pairs[0], pairs[1], spacing))
+        out.insert(0, _level(pairs[0], pairs[1], spacing, numbers))
     return out
 
 
@@ -122,16 +102,16 @@ def shifts(level: Level, known: list[Affine], initial: Affine) -> list[Affine]:
     Mutual information of few voxels comes out too high, by about the cells of the histogram that are taken over twice their number (Miller 1955). The
     most that it comes to by chance is taken off: small overlaps would win by it.
     """
-    drawn = torch.randperm(len(level.points), generator=torch.Generator().manual_seed(0))[:SHIFT_SAMPLES]
+    drawn = torch.randperm(len(level.points), generator=torch.Generator().manual_seed(0))[: level.numbers.shift_samples]
     some = replace(level, points=level.points[drawn], row=level.row[drawn], weight=level.weight[drawn])
     steps, spacing = _lattice(level, initial)
-    height = _heights(some, initial, np.concatenate([[initial.matrix @ affine.translation for affine in known], steps]))
-    height, least = height[len(known) :], max(float(height[: len(known)].max()), 0.0)
+    values = _chance_corrected_scores(some, initial, np.concatenate([[initial.matrix @ affine.translation for affine in known], steps]))
+    values, least = values[len(known) :], max(float(values[: len(known)].max()), 0.0)
     kept: list[Array] = []
-    for step in steps[np.argsort(-height, kind="stable")][: int((height > least).sum())]:
-        if len(kept) == MAX_SHIFTS_KEPT:
+    for step in steps[np.argsort(-values, kind="stable")][: int((values > least).sum())]:
+        if len(kept) == level.numbers.max_shifts_kept:
             break
-        if all((np.abs(step - other) > MIN_SHIFT_DISTANCE * spacing).any() for other in kept):
+        if all((np.abs(step - other) > level.numbers.min_shift_distance * spacing).any() for other in kept):
             kept.append(step)
     inverse = np.linalg.inv(initial.matrix)
     return [Affine(np.eye(initial.ndim), inverse @ step) for step in kept]
@@ -143,7 +123,7 @@ def mutual_information_over_common(level: Level, one: Affine, other: Affine) -> 
     The score alone rises too where a motion only takes background out of sight.
     """
     weight = level.weight * torch.minimum(_Placed(level, one).inside, _Placed(level, other).inside)
-    if float(weight.double().sum()) < MIN_COMMON_SHARE * level.total:
+    if float(weight.double().sum()) < level.numbers.min_common_share * level.total:
         return None
     common = replace(level, weight=weight)
     return _Placed(common, one).mutual, _Placed(common, other).mutual
@@ -163,20 +143,21 @@ def strain(affine: Affine) -> float:
 
 
 def maximize(level: Level, affine: Affine, initial: Affine, rigid: bool) -> Affine:
-    """The affine, applied before `initial`, led to the nearest summit of score - STIFFNESS * strain. rigid: it is turned and shifted only."""
+    """The affine, applied before `initial`, led to the nearest optimum of score - strain_weight * strain. rigid: it is turned and shifted only."""
     basis = _tangential(generators(affine.ndim, rigid), level, initial.matrix @ affine.matrix)
     length, here = 1.0, _Placed(level, initial.after(affine))
-    height = here.score - STRAIN_WEIGHT * strain(affine)
-    for _ in range(ITERATIONS):
+    numbers = level.numbers
+    value = here.score - numbers.strain_weight * strain(affine)
+    for _ in range(numbers.iterations):
         direction = _direction(here, affine, initial, basis)
         while True:
-            step = direction * min(length, MAX_STEP * level.spacing / max(float(np.abs(direction).max()), 1e-12))
+            step = direction * min(length, numbers.max_step_voxels * level.spacing / max(float(np.abs(direction).max()), 1e-12))
             candidate = affine.after(_exponential(step, basis, level))
             there = _Placed(level, initial.after(candidate))
-            reached = there.score - STRAIN_WEIGHT * strain(candidate)
-            last = bool(np.abs(step).max() < MIN_STEP * level.spacing)
-            if reached > height:
-                affine, here, height, length = candidate, there, reached, min(2 * length, MAX_STEP_LENGTH)
+            reached = there.score - numbers.strain_weight * strain(candidate)
+            last = bool(np.abs(step).max() < numbers.min_step_voxels * level.spacing)
+            if reached > value:
+                affine, here, value, length = candidate, there, reached, min(2 * length, numbers.max_step_factor)
                 break
             if last:
                 return affine
@@ -228,10 +209,12 @@ def _direction(placed: _Placed, affine: Affine, initial: Affine, basis: Array) -
     logarithm = (axes * np.log(squares)) @ axes.T
     linear = basis[:, :, :-1] / placed.level.radius
     even = ((linear + linear.transpose(0, 2, 1)) / 2).reshape(len(basis), -1)  # the odd part is a turn, which strains nothing
-    gradient = gradient - STRAIN_WEIGHT * even @ logarithm.flatten()
-    information = information + 2 * STRAIN_WEIGHT * even @ even.T
+    numbers = placed.level.numbers
+    gradient = gradient - numbers.strain_weight * even @ logarithm.flatten()
+    information = information + 2 * numbers.strain_weight * even @ even.T
     diagonal = np.diagonal(information)
-    information = information + np.diag(1e-3 * diagonal + 1e-4 * diagonal.mean() + 1e-12)  # a motion that nothing shows is not made
+    own, common = numbers.damping
+    information = information + np.diag(own * diagonal + common * diagonal.mean() + 1e-12)
     return np.asarray(np.linalg.solve(information, gradient), dtype=np.float64)
 
 
@@ -253,7 +236,7 @@ class _Placed:
         self.pointwise = (self.p / (self.p.sum(1, keepdim=True) * self.p.sum(0, keepdim=True))).log()
         overlap = max(float(joint.sum()), MIN_PROBABILITY)
         self.mutual = float((joint * self.pointwise).sum()) / overlap
-        self.share = (overlap / level.total) ** OVERLAP_POWER / overlap  # of a voxel in the score
+        self.share = (overlap / level.total) ** level.numbers.overlap_power / overlap  # of a voxel in the score
         self.score = self.mutual * self.share * overlap
 
     def normal_equations(self, linear: Array, basis: Array) -> tuple[Array, Array]:
@@ -267,7 +250,7 @@ class _Placed:
         slope = _smooth_histogram(self.pointwise).flatten().float()
         low, high = slope[self.cell], slope[self.cell + 1]
         by_value = (high - low) * (bins - 3) * self.weight
-        by_inside = (torch.lerp(low, high, self.way) - (1 - OVERLAP_POWER) * self.mutual) * level.weight
+        by_inside = (torch.lerp(low, high, self.way) - (1 - level.numbers.overlap_power) * self.mutual) * level.weight
         along = of_value * by_value[:, None] + of_inside * by_inside[:, None]
         squares = (self.pointwise.diff(dim=1) * (bins - 3)) ** 2 * (self.p[:, 1:] + self.p[:, :-1]) / 2
         precision = (squares.sum(1) / self.p.sum(1)).float()[level.row // bins]  # of an intensity of the fixed image
@@ -289,19 +272,19 @@ def _smooth_histogram(joint: torch.Tensor) -> torch.Tensor:
 
 
 def _lattice(level: Level, initial: Affine) -> tuple[Array, float]:
-    """(S, D) mm: what may be added after `initial`, at even steps, SHIFTS of them at most; how far apart they are."""
+    """(S, D) mm: what may be added after `initial`, at even steps, `max_shifts` of them at most; how far apart they are."""
     fixed, moving = _bounds(level.fixed.grid, initial), _bounds(level.grid, Affine.identity(initial.ndim))
-    widths = np.ptp(fixed, axis=0), np.ptp(moving, axis=0)
-    least = MIN_SHIFT_OVERLAP * np.minimum(*widths)
+    widths, numbers = (np.ptp(fixed, axis=0), np.ptp(moving, axis=0)), level.numbers
+    least = numbers.min_shift_overlap * np.minimum(*widths)
     low, high = moving[0] - fixed[1] + least, moving[1] - fixed[0] - least
-    spacing = max(level.spacing, float(np.prod(high - low) / (8 * MAX_SHIFTS)) ** (1 / len(low)))
+    spacing = max(level.spacing, float(np.prod(high - low) / (8 * numbers.max_shifts)) ** (1 / len(low)))
     while True:
         counts = np.floor((high - low) / spacing).astype(int) + 1
         axes = [(a + b) / 2 + spacing * (np.arange(n) - (n - 1) / 2) for a, b, n in zip(low, high, counts, strict=True)]
         steps = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
         common = np.minimum(fixed[1] + steps, moving[1]) - np.maximum(fixed[0] + steps, moving[0])
-        steps = steps[common.prod(axis=1) >= MIN_SHIFT_OVERLAP * np.minimum(*widths).prod()]
-        if len(steps) <= MAX_SHIFTS:
+        steps = steps[common.prod(axis=1) >= numbers.min_shift_overlap * np.minimum(*widths).prod()]
+        if len(steps) <= numbers.max_shifts:
             return steps, spacing
         spacing *= 1.05
 
@@ -312,7 +295,7 @@ def _bounds(grid: Grid, affine: Affine) -> Array:
     return np.stack([moved.min(axis=0), moved.max(axis=0)])
 
 
-def _heights(level: Level, initial: Affine, steps: Array) -> Array:
+def _chance_corrected_scores(level: Level, initial: Affine, steps: Array) -> Array:
     """(S,) the score after each of the steps (S, D) mm, less what mutual information comes to by chance; the histogram's cells are not spread."""
     moved = level.index(initial) + torch.as_tensor(steps @ level.grid.inverse_matrix.T).float()[:, None]
     value, inside = sample(level.moving, moved.flatten(0, 1))
@@ -326,11 +309,11 @@ def _heights(level: Level, initial: Affine, steps: Array) -> Array:
     rows, columns = p.sum(2), p.sum(1)
     mutual = torch.special.entr(rows).sum(1) + torch.special.entr(columns).sum(1) - torch.special.entr(p).sum((1, 2))
     taken = (p > 0).sum((1, 2)) - (rows > 0).sum(1) - (columns > 0).sum(1) + 1
-    chance = (taken + CHANCE_DEVIATIONS * (2 * taken).sqrt()) / (2 * overlap)
-    return np.asarray(((mutual - chance) * (overlap / level.total) ** OVERLAP_POWER).numpy(), dtype=np.float64)
+    chance = (taken + level.numbers.chance_deviations * (2 * taken).sqrt()) / (2 * overlap)
+    return np.asarray(((mutual - chance) * (overlap / level.total) ** level.numbers.overlap_power).numpy(), dtype=np.float64)
 
 
-def _level(fixed: Image, moving: Image, spacing: float) -> Level:
+def _level(fixed: Image, moving: Image, spacing: float, numbers: Align) -> Level:
     """Of images with their weights as second channel."""
     grid = fixed.grid
     value, weight = fixed.data.flatten(1)
@@ -338,14 +321,26 @@ def _level(fixed: Image, moving: Image, spacing: float) -> Level:
     index = voxel_grid(grid.shape, torch.empty(0, dtype=torch.float64)).reshape(-1, grid.ndim)[counts]
     points = torch.as_tensor(grid.to_physical(index.numpy()) - grid.centre)
     radius = max(float(points.square().sum(1).mean().sqrt()), spacing)
-    bins = int(np.clip(round(len(points) ** (1 / 3)), *HISTOGRAM_BINS))
+    bins = int(np.clip(round(len(points) ** (1 / 3)), numbers.min_bins, numbers.max_bins))
     row = (value[counts] * (bins - 3) + 1).round().long() * bins
     origin = tuple(moving.grid.to_physical(np.full(grid.ndim, -1.0)).tolist())
     wide = replace(moving.grid, size=tuple(n + 2 for n in moving.grid.size), origin=origin)
     sides = [1] * 2 * grid.ndim
     padded = torch.cat([F.pad(moving.data[:1][None], sides, mode="replicate")[0], F.pad(moving.data[1:], sides)])
-    centres = (_centre_of_mass(fixed), _centre_of_mass(moving))
-    return Level(fixed, points.float(), row, weight[counts], padded, wide, grid.centre, radius, spacing, bins, centres)
+    return Level(
+        fixed=fixed,
+        points=points.float(),
+        row=row,
+        weight=weight[counts],
+        moving=padded,
+        grid=wide,
+        centre=grid.centre,
+        radius=radius,
+        spacing=spacing,
+        bins=bins,
+        centres=(_centre_of_mass(fixed), _centre_of_mass(moving)),
+        numbers=numbers,
+    )
 
 
 def _centre_of_mass(image: Image) -> Array:
@@ -373,11 +368,11 @@ def _weighted(image: Image, mask: Image | None) -> Image:
     return Image(torch.cat([inpaint_outside_mask(Image(data, image.grid), counting).data, weight]), image.grid)
 
 
-def _scaled(pair: Image) -> Image:
+def _scaled(pair: Image, percentiles: tuple[float, float]) -> Image:
     """Intensities to [0, 1] by the percentiles of those that count."""
     data, weight = pair.data
     seen = data[weight > 0].numpy()
-    low, high = (float(v) for v in np.percentile(seen, PERCENTILES))
+    low, high = (float(v) for v in np.percentile(seen, percentiles))
     if high <= low:  # nearly all background
         low, high = float(seen.min()), float(seen.max())
     return Image(torch.stack([((data - low) / max(high - low, 1e-12)).clamp(0, 1), weight]), pair.grid)

@@ -20,13 +20,12 @@ from regtool.methods import build
 from regtool.methods.base import Engine
 from regtool.preprocessing.foreground import RelativeBox, grid_for_box
 from regtool.preprocessing.resolution import network_grid, prepared_voxels
-from regtool.registration.refinement import FINEST_METRIC
+from regtool.registration.refinement import finest_metric
 
 log = logging.getLogger("regtool")
 LIMIT_SHARE = 0.8  # of a limit that predictions may fill: they were within a quarter of what whole commands took, and a limit is to be kept
 BASE = 400 * 2**20  # Python, torch and SimpleITK themselves, and what they load as they work
 LEARNING = 40 * 2**20  # what the first gradient loads
-FINEST_TRAINED = 250_000  # voxels of the network grid where the network is learned on the pair: minutes, not hours, on two cores
 MASKED = 5  # volumes of an image that a mask takes: itself, and the image as it is continued over it
 ALIGNING = 5  # volumes of an image that is scaled and shrunk
 PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest image on which a network is tried; larger ones need more in proportion
@@ -139,6 +138,11 @@ class Plan:
     measuring_grid: Grid
     peak_bytes: int
 
+    @property
+    def deforms(self) -> bool:
+        """Whether a stage is planned that deforms."""
+        return self.network_grid is not None or self.refine_grid is not None
+
 
 def make_plan(
     fixed: Grid,
@@ -188,7 +192,11 @@ def make_plan(
         needs.append(refined(refining))
     measured = [] if refining is None else [refining]
     if parameters.method is not None:
-        finest = FINEST_TRAINED if training and parameters.run.model in (None, NO_MODEL) and parameters.grid.max_voxels is None else None
+        finest = (
+            parameters.grid.max_voxels_trained
+            if training and parameters.run.model in (None, NO_MODEL) and parameters.grid.max_voxels is None
+            else None
+        )
         network = _fitting("network", fixed, parameters.grid, finest, lambda g: held(*measured, g) + max(*needs, learning(g)), limit)
         needs.append(learning(network))
     measuring = refining or network
@@ -222,7 +230,7 @@ def _too_little(limit: int, need: int) -> OutOfMemory:
 
 def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
     asked = ("lncc", "mi") if parameters.metric.name == "auto" else (parameters.metric.name,)  # what it may become
-    most = max(REFINEMENT_VOLUMES[parameters.refine.finest or FINEST_METRIC.get((name, grid.ndim), name)] for name in asked)
+    most = max(REFINEMENT_VOLUMES[finest_metric(name, parameters.refine, grid.ndim)] for name in asked)
     slopes = grid.ndim * channels  # of the warped image
     return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + slopes + most * channels)
 

@@ -1,4 +1,7 @@
-"""One fixed and one moving image in memory: align, network, refine, each under guard; compose, warp once. Files are the business of `register`."""
+"""The registration of one fixed and one moving image in memory: align, choose, network, refine; compose; warp once.
+
+Each stage offers a transform, which is taken only where it does not make the similarity worse and does not fold. No files in here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from regtool.config.schema import Metric, Parameters
 from regtool.deformation.smooth import extrapolate_displacement
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.folding import repair_folding
@@ -23,22 +25,23 @@ from regtool.methods.base import Engine
 from regtool.preprocessing.batch import Batch
 from regtool.preprocessing.foreground import RelativeBox, box_slices, foreground_box, grid_for_box, intersect_boxes
 from regtool.preprocessing.intensity import select_channels
-from regtool.registration.acceptance import MATCH_ALREADY, MIN_GAIN, MIN_GAIN_BY_METRIC, Stage, insufficient_information
+from regtool.registration.acceptance import MATCH_ALREADY, Stage, least_gain
 from regtool.registration.adaptation import Learned, learn
 from regtool.registration.initialization import align
 from regtool.registration.memory import Plan, make_plan
+from regtool.registration.pair import Annotations, PreparedPair, Setup
 from regtool.registration.refinement import refine
-from regtool.registration.state import Annotations, RegistrationState, Setup
+from regtool.registration.selection import decide_to_deform, restrict_to_overlap, select_similarity
+from regtool.registration.state import Candidate, RegistrationState, accept_if_improved
 from regtool.runtime import Clock, memory_limit_bytes
 
 log = logging.getLogger("regtool")
-MIRROR_FOLDING_PERCENT = 50  # % of the voxels: where more fold, the transform turns space over by intention
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Registered:
     """transform: everything composed, fixed to moving; displacement: the same, dense on the fixed grid; start: the moving image at the start;
-    measure: name of the similarity and why it was taken; similarity: before and after; learned: the network trained on this pair, where one was.
+    metric: name of the similarity and why it was taken; similarity: before and after; learned: the network trained on this pair, where one was.
     """
 
     transform: Transform
@@ -55,6 +58,74 @@ class Registered:
     learned: Learned | None = None
 
 
+def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, annotations: Annotations | None = None) -> Registered:
+    """The whole pipeline on two images. Raises GeometryError where they do not overlap and no alignment brings them together, InputError for an image
+    without contrast, OutOfMemory where not even small grids fit.
+    """
+    annotations, before = annotations or Annotations(), setup.initial or Transform.identity(fixed.grid.ndim)
+    pair, plan, shown = prepare_pair(fixed, moving, setup, annotations)
+
+    with clock("align"):
+        start = RegistrationState(transform=before, score=pair.score(before))
+        aligned = align_pair(pair, start)
+        pair, chosen = select_similarity(*restrict_to_overlap(pair, aligned))
+        first = chosen.score if chosen.transform is before else pair.score(before)
+    check_overlap(fixed.grid, moving.grid, chosen.transform, setup.initial)
+
+    deforms, state = decide_to_deform(pair, chosen) if plan.deforms else (False, chosen)
+    field, learned, losses = None, None, tuple[float, ...]()
+    if deforms and plan.network_grid is not None:
+        with clock("network"):
+            state, field, learned = apply_network(pair, state, plan.network_grid)
+            losses = () if learned is None else learned.losses
+    if deforms and plan.refine_grid is not None:
+        with clock("refine"):
+            state, refining = refine_pair(pair, state, plan.refine_grid, chosen.transform, field, shown)
+            losses += refining
+    pair.release()
+
+    with clock("warp"):
+        outside, device = setup.parameters.run.outside, setup.device
+        displacement = displacement_on(state.transform, fixed.grid)
+        determinant = jacobian_determinant(displacement)
+        mask = None if annotations.fixed_mask is None else mask_on_grid(annotations.fixed_mask, fixed.grid)
+        return Registered(
+            transform=state.transform,
+            displacement=displacement,
+            warped=warp(moving, Transform((displacement,)), fixed.grid, outside, device),
+            start=warp(moving, before, fixed.grid, outside, device),
+            determinant=determinant,
+            jacobian=jacobian_statistics(determinant, mask, min_one_sided_jacobian(displacement.to_voxels())),
+            metric=(pair.metric.name, pair.metric_reason),
+            similarity=(first, state.score),
+            stages=state.stages,
+            plan=plan,
+            losses=losses,
+            learned=learned,
+        )
+
+
+def prepare_pair(fixed: Image, moving: Image, setup: Setup, annotations: Annotations) -> tuple[PreparedPair, Plan, RelativeBox]:
+    """The images as they are compared; the grids of the stages; and the block in which the fixed image shows something, () where all is refined."""
+    parameters = setup.parameters
+    target, source, weights = select_channels(fixed, moving, parameters.preprocess, parameters.metric.channel_weights)
+    check_pair(target, source)
+    in_block = parameters.refine.iterations > 0 and parameters.metric.name in ("auto", "lncc") and not parameters.refine.symmetric
+    shown = foreground_box(target, annotations.fixed_mask) if in_block else ()
+    plan = make_plan(
+        fixed.grid,
+        moving.grid,
+        parameters,
+        setup.learns,
+        memory_limit_bytes(parameters.run.max_memory_gb),
+        (len(fixed.data), len(moving.data)),
+        len(target.data),
+        shown,
+        (annotations.fixed_mask is not None, annotations.moving_mask is not None),
+    )
+    return PreparedPair.of(target, source, setup, plan.measuring_grid, annotations, weights), plan, shown
+
+
 def check_pair(fixed: Image, moving: Image) -> None:
     """GeometryError for different dimensions, InputError for an image without contrast."""
     if fixed.grid.ndim != moving.grid.ndim:
@@ -69,185 +140,98 @@ def check_pair(fixed: Image, moving: Image) -> None:
             )
 
 
-def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, annotations: Annotations | None = None) -> Registered:
-    """The whole pipeline on two images. Raises GeometryError where they do not overlap and no alignment brings them together."""
-    parameters, annotations = setup.parameters, annotations or Annotations()
-    target, source, weights = select_channels(fixed, moving, parameters.preprocess, parameters.metric.channel_weights)
-    check_pair(target, source)
-    limit, channels = memory_limit_bytes(parameters.run.max_memory_gb), (len(fixed.data), len(moving.data))
-    cuts = parameters.refine.iterations > 0 and parameters.metric.name in ("auto", "lncc") and not parameters.refine.symmetric
-    parts = foreground_box(target, annotations.fixed_mask) if cuts else ()
-    masked = annotations.fixed_mask is not None, annotations.moving_mask is not None
-    plan = make_plan(fixed.grid, moving.grid, parameters, setup.learns, limit, channels, len(target.data), parts, masked)
-    before = setup.initial or Transform.identity(fixed.grid.ndim)
-    with clock("align"):
-        course = RegistrationState(target, source, setup, plan.measuring_grid, before, annotations, weights)
-        _align(course)
-        course.restrict_to_overlap()
-        course.select_similarity()
-        first = course.score if course.transform is before else course.measured(before)
-    _check_overlap(fixed.grid, moving.grid, course.transform, setup.initial)
-    aligned = course.transform
-    field: DisplacementField | None = None
-    learned: Learned | None = None
-    deforms = (plan.network_grid is not None or plan.refine_grid is not None) and _should_deform(course)
-    if plan.network_grid is not None and deforms:
-        with clock("network"):
-            field, learned = _network(course, plan.network_grid)
-    losses = () if learned is None else learned.losses
-    if plan.refine_grid is not None and deforms:
-        with clock("refine"):
-            losses += _refine(course, plan.refine_grid, aligned, field, parts)
-    course.forget()
-    with clock("warp"):
-        displacement = displacement_on(course.transform, fixed.grid)
-        outside = parameters.run.outside
-        warped = warp(moving, Transform((displacement,)), fixed.grid, outside, setup.device)
-        begin = warp(moving, before, fixed.grid, outside, setup.device)
-        determinant = jacobian_determinant(displacement)
-    mask = None if annotations.fixed_mask is None else mask_on_grid(annotations.fixed_mask, fixed.grid)
-    found = jacobian_statistics(determinant, mask, min_one_sided_jacobian(displacement.to_voxels()))
-    return Registered(
-        course.transform,
-        displacement,
-        warped,
-        begin,
-        determinant,
-        found,
-        (course.metric.name, course.modality),
-        (first, course.score),
-        tuple(course.stages),
-        plan,
-        losses,
-        learned,
-    )  # fmt: skip
-
-
-def _align(course: RegistrationState) -> None:
+def align_pair(pair: PreparedPair, state: RegistrationState) -> RegistrationState:
     """The headers stay unless another start is clearly better; an alignment asked for by name is taken as it is."""
-    started, method = time.perf_counter(), course.setup.parameters.align.method
-    found = align(*course.greys, method, course.transform, course.annotations.fixed_mask, course.annotations.moving_mask)
+    started, section, annotations = time.perf_counter(), pair.setup.parameters.align, pair.annotations
+    found = align(*pair.greys, section, state.transform, annotations.fixed_mask, annotations.moving_mask)
     if found.name == "none":
-        note = "the headers already agree" if found.similarity else "not asked for"
-        course.stages.append(Stage("align", False, time.perf_counter() - started, course.score, note))
-        return
+        return state.noting("align", started, reason="the headers already agree" if found.similarity else "not asked for")
     if found.scaled:
-        log.warning("%sno pixel size in the headers: the pictures are taken to show equally large fields of view", course.setup.whose)
-    course.accept_if_improved("align", Transform((found.affine,)).then(course.transform).simplified(), started, found.name, forced=method != "auto")
+        log.warning("%sno pixel size in the headers: the pictures are taken to show equally large fields of view", pair.setup.whose)
+    transform = Transform((found.affine,)).then(state.transform).simplified()
+    candidate = Candidate(stage="align", transform=transform, started=started, note=found.name, forced=section.method != "auto")
+    return accept_if_improved(pair, state, candidate)
 
 
-def _should_deform(course: RegistrationState) -> bool:
-    """Whether the aligned images tell enough of each other to be deformed, where nobody chose how; notes the stage where not."""
-    setup, refining = course.setup, course.setup.parameters.refine
-    chosen = not setup.by_default or setup.parameters.metric.name != "auto" or refining.dice > 0 or refining.landmarks > 0
-    why = "" if chosen or course.metric.name != "mi" else insufficient_information(course.score)
-    if why:
-        course.stages.append(Stage("deform", False, 0.0, course.score, why))
-        log.warning("%sonly aligned: %s; -m METHOD or --similarity NAME deforms them nevertheless", setup.whose, why)
-    return not why
+def apply_network(pair: PreparedPair, state: RegistrationState, grid: Grid) -> tuple[RegistrationState, DisplacementField | None, Learned | None]:
+    """(state, the network's field where it was taken, what was learned on this pair).
 
-
-def _network(course: RegistrationState, grid: Grid) -> tuple[DisplacementField | None, Learned | None]:
-    """(the network's field where it was taken, what was learned on this pair).
-
-    Trained weights see the pair again as registered so far; what they find, composed with what they have found before, is under guard.
+    Trained weights see the pair again as registered so far; what they find, composed with what they have found before, is judged each time.
     """
-    started, setup, aligned = time.perf_counter(), course.setup, course.transform
-    cut = box_slices(grid, course.parts)
-    batch = course.pair(aligned, grid.cut(cut), grey=True)
-    if course.fixed is not course.greys[0]:
-        log.info("the network sees one channel, the weighted mean of %d", len(course.fixed.data))
-    engine, learned = _engine(batch, setup, course.metric)
+    started, setup, aligned = time.perf_counter(), pair.setup, state.transform
+    run, cut = setup.parameters.run, box_slices(grid, pair.compared)
+    batch = pair.batch(aligned, grid.cut(cut), grey=True)
+    if pair.fixed is not pair.greys[0]:
+        log.info("the network sees one channel, the weighted mean of %d", len(pair.fixed.data))
+    engine, learned = _engine(batch, pair)
     # learning in bfloat16 would be twice as fast, but torch's CPU gradients are then not reproducible and now and then NaN
-    lower = setup.parameters.run.precision == "bf16" and not setup.learns
+    lower = run.precision == "bf16" and not setup.learns
     field: DisplacementField | None = None
-    turns = 1 if setup.learns else setup.parameters.run.passes
-    looks = engine.passes(batch.fixed, batch.moving, turns)
-    for turn in range(turns):
+    times = 1 if setup.learns else run.passes
+    passes = engine.passes(batch.fixed, batch.moving, times)
+    for turn in range(times):
         with torch.inference_mode(), torch.autocast(setup.device.type, torch.bfloat16, enabled=lower):
-            u = next(looks)
+            u = next(passes)
         if not bool(torch.isfinite(u).all()):
             raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
-        found = _extrapolate_to_grid(u, grid, cut)
-        taken = _accept(course, f"network pass {turn + 1}" if turn else "network", found, aligned, started, extra=turn > 0)
+        name = f"network pass {turn + 1}" if turn else "network"
+        state, taken = offer_field(pair, state, name, _extrapolate_to_grid(u, grid, cut), aligned, started)
         if taken is None:
             break
         field, started = taken, time.perf_counter()
-    return field, learned
+    return state, field, learned
 
 
-def _refine(course: RegistrationState, grid: Grid, aligned: Transform, start: DisplacementField | None, parts: RelativeBox) -> tuple[float, ...]:
+def refine_pair(
+    pair: PreparedPair, state: RegistrationState, grid: Grid, aligned: Transform, start: DisplacementField | None, shown: RelativeBox
+) -> tuple[RegistrationState, tuple[float, ...]]:
     """The displacement after `aligned` optimised itself, from the network's field where there is one; its losses.
 
     Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on smoothly beyond
     them; histograms and mean edges would not be the same without them.
     """
-    started, parameters, cut = time.perf_counter(), course.setup.parameters, box_slices(grid, course.parts)
-    if parameters.refine.symmetric:
-        aligned, start = course.transform, None  # the velocity is that of what is still to be moved, and both images count alike
-    elif course.metric.name == "lncc":
-        grid, cut = grid_for_box(course.fixed.grid, intersect_boxes(parts, course.parts), grid.voxels)
+    started, setup, cut = time.perf_counter(), pair.setup, box_slices(grid, pair.compared)
+    parameters = setup.parameters.refine
+    if parameters.symmetric:
+        aligned, start = state.transform, None  # the velocity is that of what is still to be moved, and both images count alike
+    elif pair.metric.name == "lncc":
+        grid, cut = grid_for_box(pair.fixed.grid, intersect_boxes(shown, pair.compared), grid.voxels)
     inside = grid.cut(cut)
-    u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(course.setup.device)
-    refined = refine(course.pair(aligned, inside), u, parameters.refine, course.metric, grid.spacing, course.setup.progress)
-    _accept(course, "refine", _extrapolate_to_grid(refined.displacement, grid, cut), aligned, started)
-    return refined.losses
+    u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(setup.device)
+    refined = refine(pair.batch(aligned, inside), u, parameters, pair.metric, grid.spacing, setup.progress)
+    state, _ = offer_field(pair, state, "refine", _extrapolate_to_grid(refined.displacement, grid, cut), aligned, started)
+    return state, refined.losses
 
 
-def _extrapolate_to_grid(displacement: torch.Tensor, grid: Grid, cut: Sequence[slice]) -> DisplacementField:
-    """(1, D, ...) voxels on a block of the grid, going on smoothly on all of it."""
-    far = [n - part.stop for part, n in zip(cut, grid.shape, strict=True)]
-    return DisplacementField.from_voxels(extrapolate_displacement(displacement, [part.start for part in cut], far).cpu(), grid)
-
-
-def _accept(
-    course: RegistrationState, name: str, field: DisplacementField, base: Transform, started: float, extra: bool = False
-) -> DisplacementField | None:
-    """The field, repaired where it folds, if it was taken. extra: an attempt that is no loss where it fails.
+def offer_field(
+    pair: PreparedPair, state: RegistrationState, name: str, field: DisplacementField, base: Transform, started: float
+) -> tuple[RegistrationState, DisplacementField | None]:
+    """The state after a field, to be applied before `base`, was repaired where it folds and offered; and the field, if it was taken.
 
     Where `base` bends too (an initial field, or that of a network before a symmetric one), what both become on the fixed voxels is repaired and
     offered: one after the other may fold where neither does.
     """
-    field, folding, note = _repaired(field, course.setup.parameters)
-    candidate = Transform((field,)).then(base).simplified()
-    if sum(not isinstance(part, Affine) for part in candidate.parts) > 1:
-        whole = displacement_on(candidate, course.fixed.grid)
-        if 0 < _folding_percent(whole) < MIRROR_FOLDING_PERCENT:
-            whole, folding, note = _repaired(whole, course.setup.parameters)
-            candidate = Transform((whole,)) if note else candidate
-    deformed = any(stage.kept and stage.name != "align" for stage in course.stages)
-    least = MIN_GAIN if deformed else MIN_GAIN_BY_METRIC.get(course.metric.name, MIN_GAIN)
-    taken = course.accept_if_improved(name, candidate, started, note, folding, least)
-    if not taken:
-        harmless = extra or (name == "network" and course.setup.by_default) or course.stages[-1].reason.endswith(MATCH_ALREADY)
-        log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", course.setup.whose, name, course.stages[-1].reason)
-    return field if taken else None
+    guard = pair.setup.parameters.guard
+    field, folding, note = _repaired(field, pair)
+    transform = Transform((field,)).then(base).simplified()
+    if sum(not isinstance(part, Affine) for part in transform.parts) > 1:
+        whole = displacement_on(transform, pair.fixed.grid)
+        if 0 < _folding_percent(whole) < guard.mirror_folding_percent:
+            whole, folding, note = _repaired(whole, pair)
+            transform = Transform((whole,)) if note else transform
+    least = guard.min_gain if state.deformed else least_gain(pair.metric.name, guard)
+    candidate = Candidate(stage=name, transform=transform, started=started, note=note, folding_percent=folding, least_gain=least)
+    state = accept_if_improved(pair, state, candidate)
+    if state.stages[-1].kept:
+        return state, field
+    why = state.stages[-1].reason
+    further_pass, by_default = name.startswith("network pass"), name == "network" and pair.setup.by_default
+    harmless = further_pass or by_default or why.endswith(MATCH_ALREADY)
+    log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", pair.setup.whose, name, why)
+    return state, None
 
 
-def _repaired(field: DisplacementField, parameters: Parameters) -> tuple[DisplacementField, float, str]:
-    """The field without its folds, the percentage of voxels that fold still, and what was done."""
-    before = _folding_percent(field)
-    if not parameters.guard.repair_folds:
-        return field, before, ""
-    repaired = DisplacementField.from_voxels(repair_folding(field.to_voxels()), field.grid)
-    return repaired, _folding_percent(repaired), f"folds in {before:.3g} % of the voxels repaired" if before > 0 else ""
-
-
-def _folding_percent(field: DisplacementField) -> float:
-    return 100 * float((min_one_sided_jacobian(field.to_voxels()) <= 0).double().mean())
-
-
-def _engine(batch: Batch, setup: Setup, metric: Metric) -> tuple[Engine, Learned | None]:
-    """The trained engine as it is, or what was learned on this pair, from it or from scratch."""
-    if setup.engine is not None and not setup.adapt:
-        return setup.engine, None
-    torch.manual_seed(setup.parameters.run.seed)
-    start = setup.engine or build(setup.parameters, batch.fixed.dim() - 2).to(setup.device)
-    learned = learn(start, batch, setup.parameters.oneshot, metric, trained=setup.engine is not None, progress=setup.progress)
-    return learned.engine, learned
-
-
-def _check_overlap(fixed: Grid, moving: Grid, transform: Transform, initial: Transform | None) -> None:
+def check_overlap(fixed: Grid, moving: Grid, transform: Transform, initial: Transform | None) -> None:
     """GeometryError where no fixed voxel lands in the moving image; a warning where the alignment had to mend what the initial transform did."""
     thrown = initial is not None and not _overlap(fixed, moving, initial)
     if not _overlap(fixed, moving, transform):
@@ -260,13 +244,41 @@ def _check_overlap(fixed: Grid, moving: Grid, transform: Transform, initial: Tra
         log.warning("the initial transform throws the images apart; the alignment has brought them together again. Does it point the other way?")
 
 
-def _overlap(fixed: Grid, moving: Grid, transform: Transform) -> bool:
-    return any(
-        bool(moving.contains(transform_points(transform, points.numpy())).any())
-        for _, points in grid_points(coarse_grid(fixed), Transform.identity(fixed.ndim))
-    )
-
-
 def coarse_grid(grid: Grid, points: int = 20) -> Grid:
     """At most `points` along each axis over the same block of space."""
     return grid.resized(tuple(min(points, n) for n in grid.size))
+
+
+def _overlap(fixed: Grid, moving: Grid, transform: Transform) -> bool:
+    points = grid_points(coarse_grid(fixed), Transform.identity(fixed.ndim))
+    return any(bool(moving.contains(transform_points(transform, some.numpy())).any()) for _, some in points)
+
+
+def _engine(batch: Batch, pair: PreparedPair) -> tuple[Engine, Learned | None]:
+    """The trained engine as it is, or what was learned on this pair, from it or from scratch."""
+    setup = pair.setup
+    if setup.engine is not None and not setup.adapt:
+        return setup.engine, None
+    torch.manual_seed(setup.parameters.run.seed)
+    start = setup.engine or build(setup.parameters, batch.fixed.dim() - 2).to(setup.device)
+    learned = learn(start, batch, setup.parameters.oneshot, pair.metric, trained=setup.engine is not None, progress=setup.progress)
+    return learned.engine, learned
+
+
+def _extrapolate_to_grid(displacement: torch.Tensor, grid: Grid, cut: Sequence[slice]) -> DisplacementField:
+    """(1, D, ...) voxels on a block of the grid, going on smoothly on all of it."""
+    far = [n - part.stop for part, n in zip(cut, grid.shape, strict=True)]
+    return DisplacementField.from_voxels(extrapolate_displacement(displacement, [part.start for part in cut], far).cpu(), grid)
+
+
+def _repaired(field: DisplacementField, pair: PreparedPair) -> tuple[DisplacementField, float, str]:
+    """The field without its folds, the percentage of voxels that fold still, and what was done."""
+    before = _folding_percent(field)
+    if not pair.setup.parameters.guard.repair_folds:
+        return field, before, ""
+    repaired = DisplacementField.from_voxels(repair_folding(field.to_voxels()), field.grid)
+    return repaired, _folding_percent(repaired), f"folds in {before:.3g} % of the voxels repaired" if before > 0 else ""
+
+
+def _folding_percent(field: DisplacementField) -> float:
+    return 100 * float((min_one_sided_jacobian(field.to_voxels()) <= 0).double().mean())

@@ -1,7 +1,7 @@
 """Refining the displacement itself: Adam on the field of one pair, coarse to fine, from a network's answer or from zero. No weights are touched.
 
 What Adam moves is a raw field; what warps is that field smoothed by small boxes, which keeps the steps of single voxels together as the control
-points of a B-spline do (the continuous half of ConvexAdam, Siebert et al. 2021).
+points of a B-spline do (the continuous half of ConvexAdam, Siebert et al. 2021). The numbers are those of `[refine]`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from regtool.config.schema import Metric, Refine
+from regtool.config.registration import Metric, Refine, RegularizationPreset
+from regtool.config.section import of_dimension
 from regtool.deformation.dense import dense
 from regtool.deformation.smooth import control_grid_shape, upsample_and_smooth
 from regtool.geometry.composition import exponential
@@ -29,42 +30,6 @@ from regtool.similarity.means import total
 from regtool.similarity.regularization import diffusion
 from regtool.similarity.supervision import landmark_distance, soft_dice
 
-MIN_AXIS_VOXELS = 12  # voxels along the shortest axis of the coarsest level, where the image has as many
-MIN_IMPROVEMENT = (
-    1e-4  # a level ends where this much, of what the masks let count, is not gained in a tenth of its iterations and at least PATIENCE of them
-)
-PATIENCE = 5  # the first, long steps may lose what the next ones gain; with 3 T1 and T2 within a mask ended 0.2 mm worse
-STEP_FACTORS = (1.5, 0.45)  # times `step_voxels`: at first, and at the end of a level, where small steps settle what large ones have found
-FINEST_ITERATIONS_SHARE = 5 / 6  # of the iterations are enough at the finest level, unless another similarity takes over there
-LINEARIZED_STEPS = (
-    2  # steps for which the warped image is taken to change linearly with the displacement; with 3 `ngf` ends too early, supple fields too far
-)
-
-
-class RegularizationPreset(NamedTuple):
-    """What `[refine]` leaves out. A supple field fits what is no motion; the more a step is smoothed, the less of it is left."""
-
-    diffusion: float
-    smoothings: int
-    step_voxels: float = 0.25
-
-
-PRESETS = {"mi": RegularizationPreset(1.0, 40), "ngf": RegularizationPreset(0.1, 40, 0.4), "lncc": RegularizationPreset(1.5, 2)}  # by similarity
-WEAK = RegularizationPreset(0.5, 2)  # of the others
-STRONG = RegularizationPreset(0.3, 20)  # of lncc, where so stiff a field explains the images, or as much of them as any would
-STRONG_IS_ENOUGH = 0.85  # lncc from which it does, at the level before the finest
-MIN_EXPLAINED_SHARE = {
-    2: 0.0,
-    3: 0.15,
-}  # by dimension, the part of the rest that a supple field must explain: two brains 0.24 to 0.28, one on two days up to 0.11
-MIN_AXIS_FOR_STRONG = 64  # voxels along an axis in the mean, from which that is asked: in smaller images so stiff a field is stiffer than organs
-FINEST_METRIC = {
-    ("mi", 3): "ngf"
-}  # (similarity, dimensions): what takes over at the finest level, where few voxels fill a histogram but edges are exact
-START_TRUST = {
-    ("lncc", 2): 0.75
-}  # (similarity, dimensions): the part of a start that counts as no roughness, so that large motion it has found may stay
-SQUARINGS = 5  # of the velocity of a symmetric registration, which moves few voxels at any level
 LossCallback = Callable[[str, int, int, float], None]
 
 
@@ -84,117 +49,167 @@ def refine(
     spacing: Sequence[float] | None = None,
     progress: LossCallback | None = None,
 ) -> Refined:
-    """Lowers `-share * similarity + diffusion * roughness` of the displacement less what is TRUSTED of the start, and the terms of labels and
-    landmarks that `parameters` ask for; share: of the voxels that masks let count, so that each of those does as much as without masks.
+    """Lowers `-share * similarity + diffusion * roughness` of the displacement, and the terms of labels and landmarks that `parameters` ask for.
 
-    The similarity is what RAISED has for that of `metric`, at the finest level for `parameters.finest` or what FINEST says.
-    Where nothing is said of stiffness, large images whose `lncc` a STIFF field brings to EXPLAINED, or a supple one hardly further (WORTH), get such
-    a field, others one as STIFFNESS says.
+    roughness: of the displacement less the part of the start that is trusted; share: of the voxels that masks let count, so that each of those does
+    as much as without masks. The similarity is the refinement objective of `metric`, at the finest level of `finest_metric`. Where nothing is said
+    of regularization, the strong preset is tried first on large images (`_prefers_strong`).
 
-    pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion; from
-    a start half as many steps are taken: most of the way is behind it. spacing: of the grid, x first, so that roughness is that of millimetres over
-    millimetres; left out: all alike.
+    pair: N = 1, intensities scaled to about [0, 1]; masks say where similarity counts. start: (1, D, *shape) voxels, or None for no motion. spacing:
+    of the grid, x first, so that roughness is that of millimetres over millimetres; left out: all alike.
 
     With `parameters.symmetric` a stationary velocity v is moved instead (from zero: no start), exp(v) takes the moving image to the fixed one and
     exp(-v) the fixed image to the moving one, and the mean of both similarities is raised (Avants 2008): the pair exchanged gives the inverse,
     and nothing folds.
     """
     size = tuple(pair.fixed.shape[2:])
-    levels = _levels(size, parameters.levels)
-    iterations = parameters.iterations if start is None else -(-parameters.iterations // 2)
-    finest = metric.model_copy(update={"name": parameters.finest or FINEST_METRIC.get((metric.name, len(size)), metric.name)})
-    free = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
-    asked = (
-        levels[-2]
-        if free and metric.name == finest.name == "lncc" and len(levels) > 1 and math.prod(size) >= MIN_AXIS_FOR_STRONG ** len(size)
-        else None
-    )
-    settled: RegularizationPreset | None = None
-    last = math.ceil(FINEST_ITERATIONS_SHARE * iterations) if metric.name == finest.name else iterations
-    trusted = START_TRUST.get((metric.name, len(size)), 0.0) if start is not None else 0.0
-    displacement, losses, steps_in_all = start, [], iterations * (len(levels) - 1 + (asked is not None)) + last
+    levels = _levels(size, parameters.levels, parameters.min_axis_voxels)
+    finest = metric.model_copy(update={"name": finest_metric(metric.name, parameters, len(size))})
+    iterations = parameters.iterations if start is None else math.ceil(parameters.iterations_share_after_network * parameters.iterations)
+    last = math.ceil(parameters.finest_iterations_share * iterations) if metric.name == finest.name else iterations
+    asked = levels[-2] if _may_be_strong(parameters, metric.name == finest.name == "lncc", levels) else None
+    trust = of_dimension(parameters.start_trust, len(size)) if start is not None and metric.name == "lncc" else 0.0
+    losses: list[float] = []
+    in_all = iterations * (len(levels) - 1 + (asked is not None)) + last
 
-    def told(loss: float) -> None:
+    def note(loss: float) -> None:
         losses.append(loss)
         if progress is not None:
-            progress("refining", len(losses), steps_in_all, loss)
+            progress("refining", len(losses), in_all, loss)
 
-    def lncc(images: Batch, u: torch.Tensor) -> float:
-        view = _view(images, u)
-        return float(similarity(images.fixed, view.warped(u), finest, view.weight))
-
+    displacement, settled = start, None
     for shape in levels:
-        here = _at(pair, shape)
-        metric_here = finest if shape == size else metric
-        begin = _at_scale(displacement, shape, pair.fixed)
-        expected = trusted * _at_scale(start, shape, pair.fixed) if trusted else None
-        steps = [s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)]
-        most = last if shape == size else iterations
-        lowered = functools.partial(_minimize_level, here, begin, expected, parameters, metric=metric_here, spacing=steps, iterations=most, told=told)
-        own = settled or regularization_preset(parameters, PRESETS.get(metric_here.name, WEAK))
+        level = _Level(
+            pair=_at(pair, shape),
+            start=_at_scale(displacement, shape, pair.fixed),
+            expected=trust * _at_scale(start, shape, pair.fixed) if trust else None,
+            parameters=parameters,
+            metric=finest if shape == size else metric,
+            spacing=[s * n / m for s, n, m in zip(spacing or [1.0] * len(size), reversed(size), reversed(shape), strict=True)],
+            iterations=last if shape == size else iterations,
+            note=note,
+        )
+        preset = settled or chosen_preset(parameters, parameters.presets.get(level.metric.name, parameters.presets["default"]))
         if shape == asked:
-            settled = regularization_preset(parameters, STRONG)
-            displacement = lowered(settled)
-            reached = lncc(here, displacement)
-            if reached < STRONG_IS_ENOUGH and lncc(here, other := lowered(own)) >= reached + MIN_EXPLAINED_SHARE[len(size)] * (1 - reached):
-                settled, displacement = own, other
+            displacement, settled = _weak_or_strong(level, preset, chosen_preset(parameters, parameters.presets["strong"]))
         else:
-            displacement = lowered(own)
+            displacement = level.minimized(preset)
     found = _at_scale(displacement, size, pair.fixed)
-    return Refined(exponential(found, SQUARINGS) if parameters.symmetric else found, tuple(losses))
+    return Refined(exponential(found, parameters.squarings) if parameters.symmetric else found, tuple(losses))
 
 
-def _minimize_level(
-    pair: Batch,
-    start: torch.Tensor,
-    expected: torch.Tensor | None,
-    parameters: Refine,
-    own: RegularizationPreset,
-    metric: Metric,
-    spacing: Sequence[float],
-    iterations: int,
-    told: Callable[[float], None],
-) -> torch.Tensor:
-    """The field of one level after `iterations` steps of Adam or until the loss is flat; `start` where it did not fall.
+def finest_metric(metric: str, parameters: Refine, ndim: int) -> str:
+    """The name of the similarity that the finest level raises."""
+    if parameters.finest is not None:
+        return parameters.finest
+    return "ngf" if parameters.finest_ngf and metric == "mi" and ndim > 2 else metric
 
-    expected: the field that has no roughness, None for none at all. told: of each loss.
+
+def chosen_preset(parameters: Refine, preset: RegularizationPreset) -> RegularizationPreset:
+    """What `parameters` say, and what they leave out as the preset has it."""
+    said = {name: getattr(parameters, name) for name in RegularizationPreset.model_fields}
+    return preset.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+
+def _may_be_strong(parameters: Refine, is_lncc: bool, levels: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the strong preset is to be tried: in large enough images that `lncc` compares, where nobody said how stiff the field shall be."""
+    unsaid = parameters.diffusion is None and parameters.smoothings is None and not parameters.symmetric
+    large = math.prod(levels[-1]) >= parameters.min_axis_for_strong ** len(levels[-1])
+    return unsaid and is_lncc and len(levels) > 1 and large
+
+
+def _weak_or_strong(level: _Level, weak: RegularizationPreset, strong: RegularizationPreset) -> tuple[torch.Tensor, RegularizationPreset]:
+    """(field, preset): the strong one where it explains the images, or where the weak one hardly explains more: a weakly regularized field fits what
+    is no motion.
     """
-    relative = [s / math.prod(spacing) ** (1 / len(spacing)) for s in spacing]
-    size, times = tuple(start.shape[2:]), own.smoothings
-    fewer = control_grid_shape(size, times)
-    raw = resize_voxels(start.detach(), fewer).clone().requires_grad_()  # the start stays as it is
-    optimiser = Adam(raw, own.step_voxels)
-    if expected is not None:
-        expected = upsample_and_smooth(resize_voxels(expected, fewer), size, times)  # what a field of this stiffness can have of it
-    patience = max(PATIENCE, iterations // 10)
-    weight = _view(pair, start).weight
-    share = 1.0 if weight is None else float(total(weight)) / weight.numel()
-    losses: list[float] = []
-    for step in range(iterations):
-        u = upsample_and_smooth(raw, size, times)
-        rough = diffusion(u if expected is None else u - expected, relative)
-        if parameters.symmetric:
-            apart = _both_ways(pair, u, parameters, metric, share)
-        else:
-            if step % LINEARIZED_STEPS == 0:
-                view = _view(pair, u, straight=True)
-            apart = _objective(pair, u, view, parameters, metric, share)
-        loss = own.diffusion * rough + apart
-        (gradient,) = torch.autograd.grad(loss, raw)
-        optimiser.rate = own.step_voxels * (STEP_FACTORS[0] + (STEP_FACTORS[1] - STEP_FACTORS[0]) * step / iterations)
-        optimiser.step(gradient)
-        losses.append(float(loss.detach()))
-        told(losses[-1])
-        if step >= 2 * patience and min(losses[:-patience]) - min(losses[-patience:]) < MIN_IMPROVEMENT * share:
-            break
-    fell = bool(losses) and losses[0] - losses[-1] > MIN_IMPROVEMENT * share  # Adam takes whole steps even where nothing is left to gain
-    return upsample_and_smooth(raw.detach(), size, times) if fell else start
+    parameters, ndim = level.parameters, level.start.shape[1]
+    stiff = level.minimized(strong)
+    reached = level.similarity(stiff)
+    if reached < parameters.strong_is_enough:
+        supple = level.minimized(weak)
+        if level.similarity(supple) >= reached + of_dimension(parameters.min_explained_share, ndim) * (1 - reached):
+            return supple, weak
+    return stiff, strong
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Level:
+    """What is lowered at one resolution.
+
+    start: (1, D, *shape) voxels; expected: the field that has no roughness, None for none at all; spacing: of this level's voxels, x first;
+    note: told of each loss.
+    """
+
+    pair: Batch
+    start: torch.Tensor
+    expected: torch.Tensor | None
+    parameters: Refine
+    metric: Metric
+    spacing: Sequence[float]
+    iterations: int
+    note: Callable[[float], None]
+
+    def minimized(self, preset: RegularizationPreset) -> torch.Tensor:
+        """The field after `iterations` steps of Adam or until the loss is flat; `start` where it did not fall."""
+        parameters, start, expected = self.parameters, self.start, self.expected
+        relative = [s / math.prod(self.spacing) ** (1 / len(self.spacing)) for s in self.spacing]
+        size, times = tuple(start.shape[2:]), preset.smoothings
+        fewer = control_grid_shape(size, times)
+        raw = resize_voxels(start.detach(), fewer).clone().requires_grad_()  # the start stays as it is
+        optimiser = Adam(raw, preset.step_voxels, parameters.betas, parameters.epsilon)
+        if expected is not None:
+            expected = upsample_and_smooth(resize_voxels(expected, fewer), size, times)  # what a field of this stiffness can have of it
+        patience = max(parameters.min_patience, int(parameters.patience_share * self.iterations))
+        weight = _view(self.pair, start).weight
+        share = 1.0 if weight is None else float(total(weight)) / weight.numel()
+        flat, (first, end) = parameters.min_improvement * share, parameters.step_factors
+        losses: list[float] = []
+        for step in range(self.iterations):
+            u = upsample_and_smooth(raw, size, times)
+            rough = diffusion(u if expected is None else u - expected, relative)
+            if parameters.symmetric:
+                apart = self._both_ways(u, share)
+            else:
+                if step % parameters.linearized_steps == 0:
+                    view = _view(self.pair, u, linear=True)
+                apart = self._data_terms(self.pair, u, view, share)
+            loss = preset.diffusion * rough + apart
+            (gradient,) = torch.autograd.grad(loss, raw)
+            optimiser.rate = preset.step_voxels * (first + (end - first) * step / self.iterations)
+            optimiser.step(gradient)
+            losses.append(float(loss.detach()))
+            self.note(losses[-1])
+            if step >= 2 * patience and min(losses[:-patience]) - min(losses[-patience:]) < flat:
+                break
+        fell = bool(losses) and losses[0] - losses[-1] > flat  # Adam takes whole steps even where nothing is left to gain
+        return upsample_and_smooth(raw.detach(), size, times) if fell else start
+
+    def similarity(self, u: torch.Tensor) -> float:
+        """The metric itself, of the pair at `u`."""
+        view = _view(self.pair, u)
+        return float(similarity(self.pair.fixed, view.warped(u), self.metric, view.weight))
+
+    def _both_ways(self, velocity: torch.Tensor, share: float) -> torch.Tensor:
+        """What is lowered beside roughness by a velocity: the mean of there and back."""
+        ways = zip((self.pair, self.pair.swapped()), exponential(torch.cat([velocity, -velocity]), self.parameters.squarings).chunk(2), strict=True)
+        there, back = (self._data_terms(images, u, _view(images, u), share) for images, u in ways)
+        return (there + back) / 2
+
+    def _data_terms(self, pair: Batch, u: torch.Tensor, view: View, share: float) -> torch.Tensor:
+        """Minus the similarity, and what labels and landmarks say."""
+        parameters = self.parameters
+        loss = -share * similarity(pair.fixed, view.warped(u), self.metric, view.weight, REFINEMENT_OBJECTIVES)
+        if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
+            loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
+        if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:
+            loss = loss + parameters.landmarks * landmark_distance(pair.fixed_points, pair.moving_points, u)
+        return loss
 
 
 class Adam:
     """Kingma and Ba 2015, of one tensor, which is changed in place. torch's own loads its compiler first, a second for every registration."""
 
-    def __init__(self, moved: torch.Tensor, rate: float, betas: tuple[float, float] = (0.9, 0.99), epsilon: float = 1e-8) -> None:
+    def __init__(self, moved: torch.Tensor, rate: float, betas: tuple[float, float], epsilon: float) -> None:
         self.moved, self.rate, self.betas, self.epsilon = moved.detach(), rate, betas, epsilon
         self.first, self.second, self.steps = torch.zeros_like(self.moved), torch.zeros_like(self.moved), 0
 
@@ -207,12 +222,6 @@ class Adam:
         self.moved.addcdiv_(self.first, width, value=-self.rate / (1 - self.betas[0] ** self.steps))
 
 
-def regularization_preset(parameters: Refine, own: RegularizationPreset) -> RegularizationPreset:
-    """What `parameters` say, and what they leave out as `own` has it."""
-    asked = {name: getattr(parameters, name) for name in RegularizationPreset._fields}
-    return own._replace(**{name: value for name, value in asked.items() if value is not None})
-
-
 class View(NamedTuple):
     """The moving image at a displacement and near it: `warped` takes one to (N, C, *shape); weight: where the masks count there."""
 
@@ -220,37 +229,20 @@ class View(NamedTuple):
     weight: torch.Tensor | None
 
 
-def _view(pair: Batch, u: torch.Tensor, straight: bool = False) -> View:
-    """straight: what is near `u` is taken to be a linear function of the displacement."""
+def _view(pair: Batch, u: torch.Tensor, linear: bool = False) -> View:
+    """linear: what is near `u` is taken to be a linear function of the displacement."""
     weight = pair.fixed_mask
     if pair.moving_mask is not None:
         carried = warp_voxels(pair.moving_mask, u.detach())
         weight = carried if weight is None else weight * carried
-    return View(linearised(pair.moving, u) if straight else functools.partial(warp_voxels, pair.moving), weight)
+    return View(linearised(pair.moving, u) if linear else functools.partial(warp_voxels, pair.moving), weight)
 
 
-def _both_ways(pair: Batch, velocity: torch.Tensor, parameters: Refine, metric: Metric, share: float) -> torch.Tensor:
-    """What is lowered beside roughness by a velocity: the mean of there and back."""
-    ways = zip((pair, pair.swapped()), exponential(torch.cat([velocity, -velocity]), SQUARINGS).chunk(2), strict=True)
-    there, back = (_objective(images, u, _view(images, u), parameters, metric, share) for images, u in ways)
-    return (there + back) / 2
-
-
-def _objective(pair: Batch, u: torch.Tensor, view: View, parameters: Refine, metric: Metric, share: float) -> torch.Tensor:
-    """Minus the similarity, and what labels and landmarks say."""
-    loss = -share * similarity(pair.fixed, view.warped(u), metric, view.weight, REFINEMENT_OBJECTIVES)
-    if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
-        loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
-    if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:
-        loss = loss + parameters.landmarks * landmark_distance(pair.fixed_points, pair.moving_points, u)
-    return loss
-
-
-def _levels(shape: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
-    """Coarse to fine, each half of the next; an axis stops shrinking at SMALLEST, and so does the list where no axis shrinks any more."""
+def _levels(shape: tuple[int, ...], levels: int, smallest: int) -> list[tuple[int, ...]]:
+    """Coarse to fine, each half of the next; an axis stops shrinking at `smallest` voxels, and so does the list where no axis shrinks any more."""
     out = [shape]
     while len(out) < levels:
-        coarser = tuple(n if n < 2 * MIN_AXIS_VOXELS else -(-n // 2) for n in out[0])
+        coarser = tuple(n if n < 2 * smallest else -(-n // 2) for n in out[0])
         if coarser == out[0]:
             break
         out.insert(0, coarser)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from regtool.config.schema import Metric
+from regtool.config.registration import Metric
 from regtool.similarity.lg import lg
 from regtool.similarity.lncc import lncc
 from regtool.similarity.mi import mi

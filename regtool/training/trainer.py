@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from regtool.config.schema import Parameters, SimilarityMetric
+from regtool.config.registration import SimilarityMetric
+from regtool.config.schema import Parameters
 from regtool.errors import DivergedError
 from regtool.geometry.grid import Grid
 from regtool.geometry.jacobian import jacobian_determinant, jacobian_statistics

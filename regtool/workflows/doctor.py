@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from regtool.config.registration import Align
 from regtool.config.schema import Grid as GridParameters
 from regtool.config.schema import Preprocess
 from regtool.errors import GeometryError, InputError
@@ -91,7 +92,7 @@ def doctor(fixed: Path, moving: Path) -> Diagnosis:
         return out
     out.pair = _placed(a, b)
     target, source = (one_channel(images[role], Preprocess()) for role in ("fixed", "moving"))
-    found = align(target, source, "auto", Transform.identity(a.ndim))
+    found = align(target, source, Align(), Transform.identity(a.ndim))
     out.pair["intensities_as_headers_say"] = _relation(images["fixed"], images["moving"], Affine.identity(a.ndim))
     if found.name != "none":
         out.pair[f"intensities_after_align_{found.name}"] = _relation(images["fixed"], images["moving"], found.affine)

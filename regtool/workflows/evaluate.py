@@ -29,8 +29,8 @@ from regtool.io.intact import nifti_kind
 from regtool.io.learn2reg import read_learn2reg
 from regtool.io.pairs import EXTRAS, Pair, read_list
 from regtool.io.transforms import FIELDS, ITK, read_transform
+from regtool.registration.pair import Annotations
 from regtool.registration.pipeline import check_pair
-from regtool.registration.state import Annotations
 from regtool.runtime import gathered_warnings, out_of_memory_explained
 from regtool.workflows.register import Request, read_inputs
 from regtool.workflows.warp import read_transforms

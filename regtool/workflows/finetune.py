@@ -16,7 +16,6 @@ from regtool.methods.model_file import save_model
 from regtool.methods.pretrained import pretrained
 from regtool.methods.resolve import Resolved, resolve
 from regtool.registration.adaptation import ProgressCallback
-from regtool.registration.memory import FINEST_TRAINED
 from regtool.training.run_folder import MODEL
 from regtool.workflows import register, train
 from regtool.workflows.outcome import Outcome
@@ -119,5 +118,5 @@ def _of_model(resolved: Resolved) -> Parameters:
     parameters = resolved.parameters.model_copy(update={"run": Run(seed=resolved.parameters.run.seed)})
     grid = parameters.grid
     if resolved.card is None and grid.size is None and grid.max_voxels is None:
-        return parameters.model_copy(update={"grid": grid.model_copy(update={"max_voxels": FINEST_TRAINED})})
+        return parameters.model_copy(update={"grid": grid.model_copy(update={"max_voxels": grid.max_voxels_trained})})
     return parameters

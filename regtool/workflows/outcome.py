@@ -20,8 +20,8 @@ from regtool.io.files import explained, sha256, staged_folder, strict_json, writ
 from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
 from regtool.methods.resolve import Resolved
+from regtool.registration.pair import Annotations
 from regtool.registration.pipeline import Registered
-from regtool.registration.state import Annotations
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.runtime import Clock, peak_memory_mb, versions
 

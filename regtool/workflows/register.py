@@ -22,8 +22,8 @@ from regtool.io.transforms import read_transform
 from regtool.methods.resolve import Resolved, resolve
 from regtool.preprocessing.intensity import check_channels
 from regtool.registration.adaptation import ProgressCallback
+from regtool.registration.pair import Annotations, Setup
 from regtool.registration.pipeline import Registered, register_pair
-from regtool.registration.state import Annotations, Setup
 from regtool.runtime import Clock, configure, gathered_warnings, out_of_memory_explained, pick_device
 from regtool.workflows.failure import Known, clear_failure, failure_page
 from regtool.workflows.outcome import Outcome, OutputHook, evaluated, report_of, thresholds, write_folder
@@ -99,7 +99,15 @@ def register(request: Request, progress: ProgressCallback | None = None, resolve
             done = _frames(
                 fixed,
                 moving,
-                Setup(resolved.parameters, engine, device, initial, progress, extra is not None, by_default=resolved.by_default),
+                Setup(
+                    parameters=resolved.parameters,
+                    engine=engine,
+                    device=device,
+                    initial=initial,
+                    progress=progress,
+                    adapt=extra is not None,
+                    by_default=resolved.by_default,
+                ),
                 clock,
                 annotations,
             )
@@ -135,8 +143,13 @@ def register(request: Request, progress: ProgressCallback | None = None, resolve
 def read_inputs(request: Request) -> tuple[Image, Image, Annotations]:
     """Both images, and masks, labels and landmarks where they are given. UsageError, InputError and GeometryError for what does not fit."""
     fixed, moving = _read_pair(request)
-    masks = _mask(request.fixed_mask, "fixed", fixed, request.fix_header), _mask(request.moving_mask, "moving", moving, request.fix_header)
-    return fixed, moving, Annotations(*masks, _labels(request, fixed, moving), _landmarks(request, fixed, moving))
+    annotations = Annotations(
+        fixed_mask=_mask(request.fixed_mask, "fixed", fixed, request.fix_header),
+        moving_mask=_mask(request.moving_mask, "moving", moving, request.fix_header),
+        labels=_labels(request, fixed, moving),
+        landmarks=_landmarks(request, fixed, moving),
+    )
+    return fixed, moving, annotations
 
 
 def default_output(fixed: Path, moving: Path) -> Path:

@@ -390,7 +390,7 @@ def _aligner(parameters: Parameters) -> Callable[[Image, Image], Affine | None] 
     """What `[align]` asks for, for a pair of images."""
     if parameters.align.method == "none":
         return None
-    return lambda fixed, moving: align(fixed, moving, parameters.align.method, Transform.identity(fixed.grid.ndim)).affine
+    return lambda fixed, moving: align(fixed, moving, parameters.align, Transform.identity(fixed.grid.ndim)).affine
 
 
 @contextlib.contextmanager

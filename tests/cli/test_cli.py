@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regtool.cli.app import app, main
+from regtool.config.registration import Oneshot
 from regtool.config.resolve import dump, load
-from regtool.config.schema import Oneshot, Parameters, Preprocess, Run
+from regtool.config.schema import Parameters, Preprocess, Run
 from regtool.methods import names, parameters_of, read_parameters
 from tests.conftest import blobs, contained, heeds_interrupts
 

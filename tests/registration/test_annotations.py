@@ -17,8 +17,9 @@ from regtool.geometry.sampling import resample, transform_points, warp, warp_lab
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import write_image
 from regtool.methods.resolve import resolve
+from regtool.registration.pair import Annotations, Setup
 from regtool.registration.pipeline import register_pair
-from regtool.registration.state import Annotations, RegistrationState, Setup
+from regtool.registration.state import RegistrationState
 from regtool.runtime import Clock
 from regtool.workflows.register import Request, register
 from tests.conftest import random_grid, smooth_field

@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from regtool.config.registration import Align
 from regtool.errors import InputError
 from regtool.evaluation.landmarks import tre
 from regtool.evaluation.overlap import dice
@@ -21,13 +22,18 @@ from regtool.geometry.sampling import transform_points, warp_labels
 from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.io.images import read_image, read_labels
 from regtool.io.points import read_points
+from regtool.registration import initialization
 from regtool.registration.affine import build_levels, maximize, score, shifts, strain
-from regtool.registration.initialization import align
+from regtool.registration.initialization import Alignment
 from tests.conftest import DATA, direction, to_sitk
 
 Array = np.ndarray
 PROSTATE = {"fixed": "us_images", "moving": "mr_images", "fixed_labels": "us_labels", "moving_labels": "mr_labels"}
 PLAIN = {2: (64, 60), 3: (40, 36, 32)}
+
+
+def align(fixed: Image, moving: Image, method: str, initial: Transform, *masks: Image | None) -> Alignment:
+    return initialization.align(fixed, moving, Align.model_validate({"method": method}), initial, *masks)
 
 
 def picture(points: Array) -> Array:
@@ -91,7 +97,7 @@ def distance(found: Affine, truth: Affine, radius: float = 30.0) -> float:
 def coarseness(ndim: int) -> float:
     """Mm: the spacing of the finest level, about 2 in 2-D and 4 in 3-D."""
     image = seen(covering(ndim, "aligned", PLAIN[ndim], 0))
-    return build_levels(image, image)[-1].spacing
+    return build_levels(image, image, Align())[-1].spacing
 
 
 def pair(ndim: int, orientation: str, truth: Affine, invert: bool = False, at: float = 0.0) -> tuple[Image, Image]:
@@ -184,7 +190,7 @@ def test_the_best_shift_is_among_those_tried(ndim: int) -> None:
     """Against the score everywhere on a finer lattice, through an initial map that is no identity; nothing is better than where it lies already."""
     truth, initial = Affine(np.eye(ndim), np.full(ndim, 33.0)), mapping(ndim, "affine")
     fixed, moving = pair(ndim, "oblique", initial.after(truth))
-    level = build_levels(fixed, moving)[0]
+    level = build_levels(fixed, moving, Align())[0]
     found = shifts(level, [Affine.identity(ndim)], initial)
     ticks = np.arange(20.0, 46.0, 4.0)
     naive = max((score(level, initial.after(Affine(np.eye(ndim), np.array(t)))), t) for t in itertools.product(ticks, repeat=ndim))[1]
@@ -416,11 +422,11 @@ def test_score_is_mutual_information(ndim: int) -> None:
     """Of an image with itself, with a copy of other intensities, and with one that tells nothing; climbing never lowers it."""
     fixed, moving = pair(ndim, "aligned", Affine.identity(ndim))
     noise = Image(torch.rand(fixed.data.shape, generator=torch.Generator().manual_seed(0)), fixed.grid)
-    itself, scaled, unrelated = (build_levels(fixed, other)[-1] for other in (fixed, Image(300 - 4 * fixed.data, fixed.grid), noise))
+    itself, scaled, unrelated = (build_levels(fixed, other, Align())[-1] for other in (fixed, Image(300 - 4 * fixed.data, fixed.grid), noise))
     here = Affine.identity(ndim)
     assert score(itself, here) == pytest.approx(score(scaled, here), rel=0.01)
     assert score(unrelated, here) < 0.1 * score(itself, here)
-    level = build_levels(fixed, moving)[0]
+    level = build_levels(fixed, moving, Align())[0]
     away = Affine(rotation(ndim, 5), np.full(ndim, 2.0))
     assert score(level, maximize(level, away, here, rigid=True)) > score(level, away)
 

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from regtool.config.schema import Parameters, Refine, Run
+from regtool.config.registration import Refine
+from regtool.config.schema import Parameters, Run
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regtool.config.schema import Metric, Refine, TrainingSimilarity
+from regtool.config.registration import Metric, Refine
+from regtool.config.schema import TrainingSimilarity
 from regtool.deformation.smooth import upsample_and_smooth
 from regtool.geometry.composition import compose_voxels
 from regtool.geometry.grid import Grid

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regtool.config.schema import Metric, Regularization, TrainingSimilarity
+from regtool.config.registration import Metric
+from regtool.config.schema import Regularization, TrainingSimilarity
 from regtool.similarity import REGULARIZATIONS, SIMILARITIES
 from regtool.similarity import ngf as gradients
 from regtool.similarity import window as window_module

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from regtool.config.schema import Metric
+from regtool.config.registration import Metric
 from regtool.similarity import REFINEMENT_OBJECTIVES, SIMILARITIES, similarity
 from regtool.similarity import window as window_module
 from regtool.similarity.lncc import EPSILON, MATCH, lncc

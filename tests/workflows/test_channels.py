@@ -9,7 +9,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from regtool.config.schema import Metric, Preprocess
+from regtool.config.registration import Metric
+from regtool.config.schema import Preprocess
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image

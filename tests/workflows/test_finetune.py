@@ -14,7 +14,7 @@ import torch
 
 from regtool import methods as engines
 from regtool.cli.app import main
-from regtool.config.schema import Metric, Oneshot
+from regtool.config.registration import Metric, Oneshot
 from regtool.errors import DivergedError, InputError, ModelError, ParameterError, UsageError
 from regtool.io.models import read_card
 from regtool.methods.base import Engine

@@ -1,0 +1,29 @@
+"""What every section of a parameter file has in common, and how a number is declared in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ByDimension = tuple[float, float]  # a number for images (2-D) and one for volumes (3-D)
+
+
+class Section(BaseModel):
+    """A section of the file: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def number(default: Any, meaning: str, *, unit: str = "", chosen_on: str = "", **limits: float) -> Any:
+    """A number of the algorithm that few ever change: `parameters init --all` prints it, `parameters explain` tells all of it.
+
+    chosen_on: the images on which a tuned number was chosen; empty for one that was not tuned. limits: ge, gt, le, lt.
+    """
+    facts: dict[str, Any] = {"unit": unit, "chosen_on": chosen_on, "advanced": True}
+    return Field(default, description=meaning, json_schema_extra=facts, **limits)  # type: ignore[call-overload]
+
+
+def of_dimension(pair: ByDimension, ndim: int) -> float:
+    """The one of two numbers that is for images of so many dimensions."""
+    return pair[ndim - 2]
