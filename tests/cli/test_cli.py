@@ -24,6 +24,7 @@ from regtool.cli.app import app, main
 from regtool.config.registration import Oneshot
 from regtool.config.resolve import dump, load
 from regtool.config.schema import Parameters, Preprocess, Run
+from regtool.errors import ParameterError
 from regtool.methods import names, parameters_of, read_parameters
 from tests.conftest import blobs, contained, heeds_interrupts
 
@@ -462,10 +463,10 @@ def test_a_full_stdout_is_an_error() -> None:
 
 @pytest.mark.parametrize("method", names())
 def test_init_writes_what_check_accepts(method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    shown = call(capfd, "parameters", "init", method)
+    shown = call(capfd, "parameters", "init", method, "--all")
     assert (shown.code, shown.err) == (0, "")
     file = tmp_path / "a.toml"
-    assert call(capfd, "parameters", "init", method, "-o", file).code == 0
+    assert call(capfd, "parameters", "init", method, "--all", "-o", file).code == 0
     assert file.read_text().replace("a.toml", "FILE.toml") == shown.out
     answer = call(capfd, "parameters", "check", file, "--json")
     assert answer.code == 0
@@ -476,7 +477,31 @@ def test_init_writes_what_check_accepts(method: str, tmp_path: Path, capfd: pyte
     for section, info in Parameters.model_fields.items():
         assert info.annotation is not None
         for key in getattr(info.annotation, "model_fields", {}):
-            assert f"{key} =" in shown.out, f"{section}.{key} is not in the file"
+            assert f"{key} =" in shown.out or f"[{section}.{key}." in shown.out, f"{section}.{key} is not in the file"
+
+
+def test_init_prints_what_is_often_changed(capfd: pytest.CaptureFixture[str]) -> None:
+    """The numbers of the algorithm only where they are asked for; each of them has a meaning, and a tuned one says what it was chosen on."""
+    short, everything = (call(capfd, "parameters", "init", "pyramid", *more).out for more in ((), ("--all",)))
+    assert "iterations = 60" in short and "overlap_power" not in short and "overlap_power = 0.3" in everything
+    answer = call(capfd, "parameters", "explain", "align.overlap_power", "--json")
+    found = strict(answer.out)
+    assert found["default"] == 0.3 and "hearts" in found["chosen_on"] and ">= 0" in found["range"] and "share" in found["meaning"]
+    assert strict(call(capfd, "parameters", "explain", "engine.channels", "-m", "pyramid", "--json").out)["key"] == "engine.channels"
+    wrong = call(capfd, "parameters", "explain", "align.overlap_powr")
+    assert wrong.code == 2 and "did you mean 'overlap_power'" in wrong.err
+
+
+def test_a_preset_may_be_given_in_part(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[refine.presets.mi]\nsmoothings = 10\n[refine.presets.mind]\ndiffusion = 2.0\n")
+    found = load(file).refine.presets
+    assert (found["mi"].smoothings, found["mi"].diffusion) == (10, 1.0)
+    assert (found["mind"].diffusion, found["mind"].smoothings) == (2.0, 2)
+    assert found["lncc"].diffusion == 1.5
+    file.write_text("[refine.presets.stiff]\nsmoothings = 10\n")
+    with pytest.raises(ParameterError, match="stiff is no metric"):
+        load(file)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "parameter_files").rglob("*.toml")), ids=lambda f: f.name)
@@ -495,7 +520,7 @@ positive = st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False, al
     initial=st.none() | st.text(),
     outside=st.none() | numbers,
     seed=st.integers(0, 2**63 - 1),
-    rate=positive,
+    rate=positive.map(lambda x: min(x, 100.0)),
     low=st.floats(0, 49, allow_subnormal=False),
     high=st.floats(50, 100),
     inverse=st.booleans(),
@@ -513,7 +538,7 @@ def test_a_dumped_file_loads_to_the_same(
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.toml"
-        file.write_text(dump(parameters, "an opening\nof two lines", engine, documented), encoding="utf-8")
+        file.write_text(dump(parameters, "an opening\nof two lines", engine, documented=documented), encoding="utf-8")
         assert load(file) == parameters
         file.write_text(dump(load(file), "again", engine), encoding="utf-8")
         assert load(file) == parameters

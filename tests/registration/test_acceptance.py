@@ -9,12 +9,13 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
+from regtool.config.registration import Guard
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
 from regtool.geometry.inversion import invert
 from regtool.geometry.sampling import resample, warp
 from regtool.geometry.transforms import Transform
-from regtool.registration.acceptance import MIN_INFORMATION, insufficient_information, rejection_reason
+from regtool.registration.acceptance import insufficient_information, rejection_reason
 from regtool.workflows.register import Request, register
 from tests.conftest import blobs, smooth_field
 
@@ -98,9 +99,10 @@ def test_two_contrasts_that_match_are_left_alone_and_those_that_do_not_are_defor
         assert all("match already" in s["reason"] or "fall" in s["reason"] for s in report["stages"] if s["name"] != "align")
 
 
-def test_silence_names_both_numbers() -> None:
-    assert insufficient_information(MIN_INFORMATION) == ""
-    assert "0.12 nats" in insufficient_information(0.12) and f"{MIN_INFORMATION:g}" in insufficient_information(0.12)
+def test_insufficient_information_names_both_numbers() -> None:
+    guard = Guard(min_information=0.3)
+    assert insufficient_information(0.3, guard) == ""
+    assert "0.12 nats" in insufficient_information(0.12, guard) and "0.3" in insufficient_information(0.12, guard)
 
 
 def test_a_failed_threshold_is_a_status_and_no_error() -> None:
@@ -114,8 +116,8 @@ def test_a_failed_threshold_is_a_status_and_no_error() -> None:
     ("before", "after", "folding", "word"),
     [(0.5, 0.6, 0.0, ""), (0.5, 0.5, 0.0, ""), (0.5, 0.4, 0.0, "fall"), (0.5, float("nan"), 0.0, "fall"), (0.5, 0.6, 2.0, "fold")],
 )
-def test_objection(before: float, after: float, folding: float, word: str) -> None:
-    found = rejection_reason(before, after, folding, 1.0)
+def test_rejection_reason(before: float, after: float, folding: float, word: str) -> None:
+    found = rejection_reason(before, after, folding, Guard())
     assert word in found if word else found == ""
 
 

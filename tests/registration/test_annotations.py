@@ -17,9 +17,8 @@ from regtool.geometry.sampling import resample, transform_points, warp, warp_lab
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import write_image
 from regtool.methods.resolve import resolve
-from regtool.registration.pair import Annotations, Setup
+from regtool.registration.pair import Annotations, PreparedPair, Setup
 from regtool.registration.pipeline import register_pair
-from regtool.registration.state import RegistrationState
 from regtool.runtime import Clock
 from regtool.workflows.register import Request, register
 from tests.conftest import random_grid, smooth_field
@@ -29,7 +28,7 @@ QUICK = ("run.threads=1", "run.qc=false", "align.method=none", "metric.name=lncc
 
 
 def setup(*overrides: str) -> Setup:
-    return Setup(resolve(None, (*QUICK, *overrides), None).parameters, None, torch.device("cpu"))
+    return Setup(parameters=resolve(None, (*QUICK, *overrides), None).parameters, engine=None, device=torch.device("cpu"))
 
 
 def test_the_fixed_mask_is_resampled_once_a_grid(ndim: int) -> None:
@@ -37,11 +36,11 @@ def test_the_fixed_mask_is_resampled_once_a_grid(ndim: int) -> None:
     mask = Image((fixed.data > fixed.data.mean()).float(), fixed.grid)
     coarse = fixed.grid.resized(tuple(n // 2 for n in fixed.grid.size))
     start = Transform((DisplacementField.zeros(fixed.grid),))
-    course = RegistrationState(fixed, moving, setup(), coarse, start, Annotations(mask, mask))
-    first, second = (course.masks(start, coarse)[0] for _ in range(2))
+    pair = PreparedPair.of(fixed, moving, setup(), coarse, Annotations(fixed_mask=mask, moving_mask=mask))
+    first, second = (pair.masks(start, coarse)[0] for _ in range(2))
     assert first is second is not None
     assert torch.equal(first[0], warp(mask, start, coarse, 0.0).data)
-    other = course.masks(start, fixed.grid)[0]
+    other = pair.masks(start, fixed.grid)[0]
     assert other is not None and torch.allclose(other[0], mask.data, atol=1e-6)
 
 

@@ -8,17 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from regtool.config.registration import Modality
 from regtool.config.schema import Preprocess
 from regtool.geometry.images import Image
 from regtool.geometry.transforms import Transform
 from regtool.io.images import read_image
 from regtool.preprocessing.resolution import prepare, to_network
-from regtool.registration.modality import MIN_AGREEMENT, histogram_intersection, sign_agreement, similarity_for
+from regtool.registration import modality
 from regtool.workflows.register import Request, register
 from tests.conftest import DATA
 from tests.workflows.test_register import phantom
 
 QUICK = ("run.threads=1", "run.qc=false", "refine.iterations=5")
+
+
+def sign_agreement(fixed: torch.Tensor, moving: torch.Tensor) -> float:
+    return modality.sign_agreement(fixed, moving, Modality())
+
+
+def histogram_intersection(fixed: torch.Tensor, moving: torch.Tensor) -> float:
+    return modality.histogram_intersection(fixed, moving, Modality())
+
+
+def similarity_for(fixed: torch.Tensor, moving: torch.Tensor) -> tuple[str, str]:
+    return modality.similarity_for(fixed, moving, Modality())
 
 
 def texture(ndim: int, seed: int) -> torch.Tensor:
@@ -52,7 +65,7 @@ def test_histograms_tell_what_misplaced_structures_do_not(ndim: int) -> None:
     assert similarity_for(image, apart)[0] == "lncc"
     other = torch.where(image > image.median(), 0.8 + 0.2 * image, 0.2 * image)  # brighter where the first is, but of two tissues
     assert sign_agreement(image, other) > 0.8
-    assert sign_agreement(image, other) + histogram_intersection(image, other) < MIN_AGREEMENT[ndim]
+    assert sign_agreement(image, other) + histogram_intersection(image, other) < Modality().min_agreement[ndim - 2]
     assert similarity_for(image, other)[0] == "mi"
     assert similarity_for(image, 1 - apart)[0] == similarity_for(image, (2 * apart - 1).abs())[0] == "mi"
 

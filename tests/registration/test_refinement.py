@@ -21,7 +21,7 @@ from regtool.geometry.sampling import warp, warp_voxels
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.preprocessing.batch import Batch
 from regtool.registration import refinement as refining
-from regtool.registration.refinement import PRESETS, STRONG, Adam, _levels, refine
+from regtool.registration.refinement import Adam, refine
 from regtool.workflows.register import Request, register
 from tests.conftest import smooth_field
 from tests.workflows.test_register import phantom
@@ -91,7 +91,7 @@ def test_across_contrasts_edges_find_in_volumes_what_histograms_leave(ndim: int)
 
 def test_adam_is_that_of_torch(ndim: int) -> None:
     ours, theirs = (textured(ndim).double().clone().requires_grad_() for _ in range(2))
-    mine, other = Adam(ours, 0.25), torch.optim.Adam([theirs], lr=0.25, betas=(0.9, 0.99))
+    mine, other = Adam(ours, 0.25, (0.9, 0.99), 1e-8), torch.optim.Adam([theirs], lr=0.25, betas=(0.9, 0.99))
     for step in range(12):
         for moved in (ours, theirs):
             moved.grad = None
@@ -103,25 +103,24 @@ def test_adam_is_that_of_torch(ndim: int) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 2.0])
-def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stiff_field_explains_gets_one(ndim: int, noise: float) -> None:
     """The levels before do not matter: there is one, on which it is asked."""
     fixed = textured(ndim)
     moving = warp_voxels(fixed, smooth_field(Grid.regular(SHAPE[:ndim]), 1.5, 4).data[None])
     moving = moving + noise * torch.rand(moving.shape, generator=torch.Generator().manual_seed(1))
     pair, settings = Batch(fixed, moving), Refine(levels=2, iterations=20)
-    supple, stiff = (settings.model_copy(update=own._asdict()) for own in (PRESETS["lncc"], STRONG))
+    supple, stiff = (settings.model_copy(update=settings.presets[name].model_dump()) for name in ("lncc", "strong"))
     plain, _, expected = (refine(pair, None, chosen, TrainingSimilarity()).displacement for chosen in (settings, stiff, supple))
     torch.testing.assert_close(plain, expected, rtol=0, atol=0)  # too small an image to be asked
-    monkeypatch.setattr(refining, "MIN_AXIS_FOR_STRONG", 30)
-    monkeypatch.setattr(refining, "STRONG_IS_ENOUGH", 0.6)  # between what it explains of the noisy image and of the other
-    found = refine(pair, None, settings, TrainingSimilarity())
+    # between what it explains of the noisy image and of the other
+    asked = settings.model_copy(update={"min_axis_for_strong": 30, "strong_is_enough": 0.6})
+    found = refine(pair, None, asked, TrainingSimilarity())
     expected = refine(pair, None, stiff if noise == 0 else supple, TrainingSimilarity()).displacement
     torch.testing.assert_close(found.displacement, expected, rtol=0, atol=0)
-    monkeypatch.setattr(refining, "STRONG_IS_ENOUGH", 1.1)
-    monkeypatch.setattr(refining, "MIN_EXPLAINED_SHARE", {ndim: 0.9})
-    hardly_more = refine(pair, None, settings, TrainingSimilarity()).displacement
+    demanding = asked.model_copy(update={"strong_is_enough": 1.1, "min_explained_share": (0.9, 0.9)})
+    hardly_more = refine(pair, None, demanding, TrainingSimilarity()).displacement
     torch.testing.assert_close(hardly_more, refine(pair, None, stiff, TrainingSimilarity()).displacement, rtol=0, atol=0)
-    asked_for = refine(pair, None, settings.model_copy(update={"diffusion": 1.0}), TrainingSimilarity()).displacement
+    asked_for = refine(pair, None, asked.model_copy(update={"diffusion": 1.0}), TrainingSimilarity()).displacement
     assert not torch.equal(found.displacement, asked_for)
 
 
@@ -187,10 +186,15 @@ def test_a_level_ends_once_its_best_has_not_improved_for_a_tenth_of_its_steps(nd
 
 
 def test_levels_halve_and_stop(ndim: int) -> None:
-    assert _levels((96, 80, 64)[:ndim], 3)[0] == (24, 20, 16)[:ndim]
-    assert _levels((96, 80, 64)[:ndim], 3)[-1] == (96, 80, 64)[:ndim]
-    assert _levels((5, 100, 100)[:ndim], 2)[0] == (5, 50, 50)[:ndim]  # a thin slab keeps its slices
-    assert _levels((8, 8, 8)[:ndim], 4) == [(8, 8, 8)[:ndim]]
+    """Told by the steps that were taken: 6 at each level, 5 at the finest."""
+
+    def steps(shape: tuple[int, ...], levels: int) -> int:
+        image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+        return len(refine(Batch(image, image.roll(1, -1)), None, Refine(levels=levels, iterations=6), TrainingSimilarity(name="mse")).losses)
+
+    assert steps((48, 40, 32)[:ndim], 3) == 6 + 6 + 5
+    assert steps((5, 50, 50)[:ndim], 2) == 6 + 5  # a thin slab keeps its slices
+    assert steps((8, 8, 8)[:ndim], 4) == 5
 
 
 def test_thin_and_tiny_images(ndim: int) -> None:
