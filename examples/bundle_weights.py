@@ -74,7 +74,7 @@ def card_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     reach = round(100 * (2 * synthesis.amplitude + synthesis.translation))
     size = " x ".join(map(str, synthesis.size))
     limits = (
-        f"learned from made-up shapes of {size} voxels that move by up to about {reach} % of the image, aligned to some degrees; sees at most "
+        f"learned from synthetic shapes of {size} voxels that move by up to about {reach} % of the image, aligned to some degrees; sees at most "
         f"{MAX_VOXELS[ndim]} voxels of an image: larger motion is for the alignment, finer detail for refining"
     )
     command = f"regtool train --synthetic -p parameter_files/{recipe.name}"

@@ -2,7 +2,7 @@
 
     python examples/volumes_from_slices.py [dirnet_2d] START.safetensors [-p parameter_files/dirnet_synthetic_3d.toml]
 
-From fresh weights dirnet learns nothing on made-up volumes. A volume has slices along three planes: each plane gets the 2-D network's kernels, set
+From fresh weights dirnet learns nothing on synthetic volumes. A volume has slices along three planes: each plane gets the 2-D network's kernels, set
 into the middle of kernels three voxels thick, as channels of its own, three times as many in all; and each component of the displacement is the mean
 of those of the two planes in which it lies (kernels inflated after Carreira 2017). What the planes have to tell each other is left to training.
 """

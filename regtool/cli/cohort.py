@@ -194,9 +194,9 @@ def _view(quiet: bool) -> Iterator[Callable[[CohortEvent], None] | None]:
     if not stderr.is_terminal:
 
         def line(moment: CohortEvent) -> None:
-            if moment.fresh is not None:
+            if moment.finished is not None:
                 left = "" if moment.seconds_left is None or moment.done + moment.skipped == moment.total else f", {clock(moment.seconds_left)} left"
-                stderr.print(escape(f"[{moment.done + moment.skipped}/{moment.total}] {moment.fresh['id']}: {_outcome(moment.fresh)}{left}"))
+                stderr.print(escape(f"[{moment.done + moment.skipped}/{moment.total}] {moment.finished['id']}: {_outcome(moment.finished)}{left}"))
 
         yield line
         return
@@ -206,8 +206,8 @@ def _view(quiet: bool) -> Iterator[Callable[[CohortEvent], None] | None]:
     with Live(console=stderr, refresh_per_second=4) as live:
 
         def update(moment: CohortEvent) -> None:
-            if moment.fresh is not None:
-                latest.append(moment.fresh)
+            if moment.finished is not None:
+                latest.append(moment.finished)
             live.update(_table(moment, latest[-LATEST:]))
 
         yield update

@@ -115,7 +115,7 @@ def evaluate(
 
         show = None if quiet else _tell
         found = evaluate_list(
-            fixed, runs or (), protocol, table=csv, skip_missing=skip_missing, fix_header=fix_header, overwrite=overwrite, tell=show
+            fixed, runs or (), protocol, table=csv, skip_missing=skip_missing, fix_header=fix_header, overwrite=overwrite, on_progress=show
         )  # fmt: skip
         emit(found, list_rows(found), as_json)
         return max((failure["exit_code"] for failure in found["failed"]), default=0)

@@ -181,8 +181,8 @@ def finetune_oneshot(
         command,
         STARTED,
     )
-    with progress(quiet) as tell:
-        report = finetune(request, from_scratch, tell).report
+    with progress(quiet) as on_progress:
+        report = finetune(request, from_scratch, on_progress).report
     emit(report, _summary(report, folder), as_json)
     return 0 if report["status"] == "ok" else 4
 

@@ -134,8 +134,8 @@ def register(
         shlex.join(["regtool", *sys.argv[1:]]),
         STARTED,
     )
-    with progress(quiet) as tell:
-        result = work(request, tell)
+    with progress(quiet) as on_progress:
+        result = work(request, on_progress)
     report = result.report
     emit(report, summary(report, request.output), as_json)
     return 0 if report["status"] == "ok" else 4

@@ -151,7 +151,7 @@ def view(quiet: bool) -> Iterator[Callable[[ProgressEvent], None] | None]:
         last = [0.0]
 
         def line(moment: ProgressEvent) -> None:
-            if moment.fresh or time.monotonic() - last[0] > EVERY_SECONDS or moment.progress.step == moment.steps:
+            if moment.is_new or time.monotonic() - last[0] > EVERY_SECONDS or moment.progress.step == moment.steps:
                 last[0] = time.monotonic()
                 stderr.print(_line(moment))
 
@@ -166,7 +166,7 @@ def view(quiet: bool) -> Iterator[Callable[[ProgressEvent], None] | None]:
 def _line(moment: ProgressEvent) -> str:
     terms = ", ".join(f"{name} {value:.4f}" for name, value in moment.terms.items())
     text = f"step {moment.progress.step} of {moment.steps}: {terms}; {moment.pairs_per_second:.2f} pairs/s, {clock(moment.seconds_left)} left"
-    return text + (f"; validation: {_validation(moment)}" if moment.fresh else "")
+    return text + (f"; validation: {_validation(moment)}" if moment.is_new else "")
 
 
 def _table(moment: ProgressEvent) -> Table:

@@ -260,7 +260,7 @@ def _world_axes(grid: Grid) -> list[int]:
 
 
 def _letters(across: int, down: int) -> tuple[str, str, str, str]:
-    """Left, right, top and bottom of a picture hung by radiological custom."""
+    """Left, right, top and bottom of a picture in the radiological display convention."""
     ends = ("RL", "AP", "SI")
     return ends[across][0], ends[across][1], ends[down][0], ends[down][1]
 

@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True)
 class CohortEvent:
-    """Where a cohort stands. fresh: the row of a pair that has just ended; skipped: finished before; running: seconds by id."""
+    """Where a cohort stands. finished: the row of a pair that has just ended; skipped: finished before; running: seconds by id."""
 
     total: int
     done: int
@@ -72,7 +72,7 @@ class CohortEvent:
     running: Mapping[str, float]
     pairs_per_minute: float
     seconds_left: float | None
-    fresh: Row | None = None
+    finished: Row | None = None
 
 
 def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None) -> dict[str, Any]:
@@ -144,8 +144,8 @@ def _work(
             if watch is not None:
                 speed = done / (time.monotonic() - started) * 60
                 left = (len(tasks) - done) / speed * 60 if done else None
-                fresh = None if answer is None else _fresh(by_id[answer.id], answer)
-                watch(CohortEvent(len(tasks) + skipped, done, failed, skipped, pool.running(), speed, left, fresh))
+                finished = None if answer is None else _finished_row(by_id[answer.id], answer)
+                watch(CohortEvent(len(tasks) + skipped, done, failed, skipped, pool.running(), speed, left, finished))
             if answer is not None and answer.stop:
                 return answer
             if answer is not None and answer.status == "failed" and request.fail_fast:
@@ -155,7 +155,7 @@ def _work(
     return None
 
 
-def _fresh(task: Task, answer: Answer) -> Row:
+def _finished_row(task: Task, answer: Answer) -> Row:
     return {**row_of(task.pair), "status": answer.status, "seconds": answer.seconds, **({"error": answer.error} if answer.error else {})}
 
 

@@ -38,7 +38,7 @@ from regtool.workflows.warp import read_transforms
 log = logging.getLogger("regtool")
 
 Protocol = Literal["regtool", "learn2reg"]
-Tell = Callable[[str, int, int], None]  # what, how many are done, of how many
+PairCallback = Callable[[str, int, int], None]  # what, how many are done, of how many
 COLUMNS = ("id", "run", "metric", "value")
 
 
@@ -153,7 +153,7 @@ def evaluate_list(
     skip_missing: bool = False,
     fix_header: bool = False,
     overwrite: bool = False,
-    tell: Tell | None = None,
+    on_progress: PairCallback | None = None,
 ) -> dict[str, Any]:
     """Every pair of a list before, and after each run; runs against the first one; `cases` with the worst first.
 
@@ -176,8 +176,8 @@ def evaluate_list(
             except RegtoolError as error:
                 log.warning("%s is left out: %s", pair.id, error.what)
                 failed.append({"id": pair.id, "error": error.what, "exit_code": error.exit_code})
-            if tell is not None:
-                tell(pair.id, k + 1, len(pairs))
+            if on_progress is not None:
+                on_progress(pair.id, k + 1, len(pairs))
     if not cases:
         raise InputError(f"no pair of {source} could be evaluated", tip=f"the first of them: {failed[0]['error']}" if failed else None)
     report = {"list": str(source), **_stated(protocol), "pairs": len(cases), **_summary(cases, names), "missing": missing, "failed": failed}

@@ -69,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What a watcher is told. terms: weighted, means since the last row of the history; fresh: a validation was just made."""
+    """What a watcher is told. terms: weighted, means since the last row of the history; is_new: a validation was just made."""
 
     progress: TrainingState
     steps: int
@@ -77,7 +77,7 @@ class ProgressEvent:
     pairs_per_second: float
     seconds_left: float
     memory_mb: float
-    fresh: bool
+    is_new: bool
 
 
 Watch = Callable[[ProgressEvent], None]
@@ -251,7 +251,7 @@ class _TrainingRun:
             self.folder.save_model(self.trainer, progress)
         return True
 
-    def _note(self, terms: dict[str, float], speed: float, seconds_a_step: float, fresh: bool, events: Events) -> None:
+    def _note(self, terms: dict[str, float], speed: float, seconds_a_step: float, is_new: bool, events: Events) -> None:
         """A row of the history, and a word to who watches."""
         progress, section = self.progress, self.section
         row: dict[str, float | None] = {
@@ -261,17 +261,17 @@ class _TrainingRun:
         }
         row |= {"pairs_per_second": round(speed, 4), "memory_mb": peak_memory_mb()}
         row |= {f"loss.{name}": value for name, value in terms.items()}
-        if fresh and progress.latest is not None:
+        if is_new and progress.latest is not None:
             row |= {f"validation.{name}": value for name, value in numbers(progress.latest).items()}
         progress.history.append(row)
         events.add(progress.step, row)
-        if (word := self.trainer.engine.warning()) is not None:
-            log.warning("%s", word)
+        if (warning := self.trainer.engine.warning()) is not None:
+            log.warning("%s", warning)
         if self.watch is not None:
             left = (section.steps - progress.step) * seconds_a_step
             if section.max_minutes is not None:
                 left = min(left, max(0.0, 60 * section.max_minutes - progress.seconds))
-            self.watch(ProgressEvent(progress, section.steps, terms, speed, left, peak_memory_mb(), fresh))
+            self.watch(ProgressEvent(progress, section.steps, terms, speed, left, peak_memory_mb(), is_new))
 
     def _save(self, last: bool) -> None:
         """A checkpoint; without held-out pairs the latest weights are the best ones."""

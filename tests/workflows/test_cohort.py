@@ -175,7 +175,7 @@ def test_each_pair_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "truncated or damaged" in rows["cut"]["error"] and rows["cut"]["exit_code"] == "3"
     assert "empty file" in rows["empty"]["error"]
     assert report["exit_code"] == 5 and (report["ok"], report["failed"], report["not_run"]) == (3, 3, 0)
-    assert {m.fresh["id"] for m in seen if m.fresh} == set(rows) and seen[-1].done == 6 and seen[-1].failed == 3
+    assert {m.finished["id"] for m in seen if m.finished} == set(rows) and seen[-1].done == 6 and seen[-1].failed == 3
     for name, k in (("a", 0), ("z", 5)):
         alone = single.Request(tmp_path / "in" / "fixed.nii.gz", tmp_path / "in" / f"m_{k}.nii.gz", tmp_path / "alone" / name, overrides=QUICK)
         single.register(alone)
@@ -257,7 +257,7 @@ def test_resume(tmp_path: Path, inline: None, nothing_to_do: Callable[[], None],
     phantom(tmp_path, "m_2", ndim, 3.0)
     seen: list[CohortEvent] = []
     assert cohort(replace(request, resume=True), seen.append)["skipped"] == 1
-    assert [m.fresh["id"] for m in seen if m.fresh] == ["b", "c"]
+    assert [m.finished["id"] for m in seen if m.finished] == ["b", "c"]
     after = table(out)
     assert after[0] == before[0] and after[2]["dice_before"] != before[2]["dice_before"]
     assert {k: v for k, v in voxels(out).items() if k[0] != "c"} == {k: v for k, v in images.items() if k[0] != "c"}
@@ -528,8 +528,8 @@ def test_cluster_that_loses_a_worker(tmp_path: Path, inline: None) -> None:
         seen: list[str] = []
 
         def watch(moment: CohortEvent) -> None:
-            if moment.fresh is not None:
-                seen.append(moment.fresh["id"])
+            if moment.finished is not None:
+                seen.append(moment.finished["id"])
                 if len(seen) == 4:
                     first.kill()
 
