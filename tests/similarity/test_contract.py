@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from regtool.config.registration import Metric
 from regtool.config.schema import Regularization, TrainingSimilarity
 from regtool.similarity import REGULARIZATIONS, SIMILARITIES
-from regtool.similarity import ngf as gradients
 from regtool.similarity import window as window_module
 from tests.conftest import blobs
 from tests.similarity import rand, shape_of
 
 MEASURE = Metric(window=3, bins=8)
 MULTIMODAL = ("mi", "mind", "ngf", "lg")
+
+gradients = importlib.import_module("regtool.similarity.ngf")
 
 
 @pytest.fixture(params=sorted(SIMILARITIES))
