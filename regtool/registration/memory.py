@@ -144,25 +144,30 @@ class Plan:
         return self.network_grid is not None or self.refine_grid is not None
 
 
-def make_plan(
-    fixed: Grid,
-    moving: Grid,
-    parameters: Parameters,
-    training: bool,
-    limit_bytes: int,
-    channels: tuple[int, int] = (1, 1),
-    compared: int = 1,
-    parts: RelativeBox = (),
-    masked: tuple[bool, bool] = (False, False),
-) -> Plan:
-    """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. training: the network is learned on the pair.
+@dataclass(frozen=True, kw_only=True)
+class PairSize:
+    """How large a pair is.
 
-    channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; parts: `content` of the fixed image, where
-    that alone may be refined, as a block of a grid the finer for it; masked: whether the fixed, the moving image has a mask.
+    fixed, moving: grids; channels: of the fixed, of the moving image; compared: those of both that the similarity looks at; box: where the fixed
+    image shows something, if that alone may be refined, as a block of a grid the finer for it; masked: whether the images have masks.
+    """
+
+    fixed: Grid
+    moving: Grid
+    channels: tuple[int, int] = (1, 1)
+    compared: int = 1
+    box: RelativeBox = ()
+    masked: tuple[bool, bool] = (False, False)
+
+
+def make_plan(pair: PairSize, parameters: Parameters, learns: bool, limit_bytes: int) -> Plan:
+    """Grids coarsened until the predicted peak is sure to fit into `limit_bytes`, which is said. learns: a network is trained on the pair.
+
     Raises OutOfMemory, naming the least that would do, where not even small grids fit.
     """
+    fixed, moving, channels, compared = pair.fixed, pair.moving, pair.channels, pair.compared
     limit = int(LIMIT_SHARE * limit_bytes)
-    images = BASE + 4 * sum(grid.voxels * (n + MASKED * mask) for grid, n, mask in zip((fixed, moving), channels, masked, strict=True))
+    images = BASE + 4 * sum(grid.voxels * (n + MASKED * mask) for grid, n, mask in zip((fixed, moving), channels, pair.masked, strict=True))
     if max(channels) > 1:  # the one channel made of several, and those that count
         images += 4 * (fixed.voxels + moving.voxels) * (1 + compared)
     aligning, warping = 4 * ALIGNING * max(fixed.voxels, moving.voxels), 4 * fixed.voxels * _warping(fixed.ndim, parameters, channels[1])
@@ -172,10 +177,10 @@ def make_plan(
         return images + 4 * compared * sum(prepared_voxels(own, grid) for own in (fixed, moving) for grid in grids)
 
     def learning(grid: Grid) -> int:
-        return activation_bytes(parameters, grid.shape, training) + LEARNING * training
+        return activation_bytes(parameters, grid.shape, learns) + LEARNING * learns
 
     def refined(grid: Grid) -> int:
-        whole = grid_for_box(fixed, parts, grid.voxels)[0] if parts else grid
+        whole = grid_for_box(fixed, pair.box, grid.voxels)[0] if pair.box else grid
         finer = held(*{grid, whole}) - held(grid)
         return finer + _refining(grid, parameters, compared)
 
@@ -192,11 +197,8 @@ def make_plan(
         needs.append(refined(refining))
     measured = [] if refining is None else [refining]
     if parameters.method is not None:
-        finest = (
-            parameters.grid.max_voxels_trained
-            if training and parameters.run.model in (None, NO_MODEL) and parameters.grid.max_voxels is None
-            else None
-        )
+        from_scratch = learns and parameters.run.model in (None, NO_MODEL)
+        finest = parameters.grid.max_voxels_trained if from_scratch and parameters.grid.max_voxels is None else None
         network = _fitting("network", fixed, parameters.grid, finest, lambda g: held(*measured, g) + max(*needs, learning(g)), limit)
         needs.append(learning(network))
     measuring = refining or network

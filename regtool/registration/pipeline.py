@@ -28,7 +28,7 @@ from regtool.preprocessing.intensity import select_channels
 from regtool.registration.acceptance import MATCH_ALREADY, Stage, least_gain
 from regtool.registration.adaptation import Learned, learn
 from regtool.registration.initialization import align
-from regtool.registration.memory import Plan, make_plan
+from regtool.registration.memory import PairSize, Plan, make_plan
 from regtool.registration.pair import Annotations, PreparedPair, Setup
 from regtool.registration.refinement import refine
 from regtool.registration.selection import decide_to_deform, restrict_to_overlap, select_similarity
@@ -112,17 +112,15 @@ def prepare_pair(fixed: Image, moving: Image, setup: Setup, annotations: Annotat
     check_pair(target, source)
     in_block = parameters.refine.iterations > 0 and parameters.metric.name in ("auto", "lncc") and not parameters.refine.symmetric
     shown = foreground_box(target, annotations.fixed_mask) if in_block else ()
-    plan = make_plan(
-        fixed.grid,
-        moving.grid,
-        parameters,
-        setup.learns,
-        memory_limit_bytes(parameters.run.max_memory_gb),
-        (len(fixed.data), len(moving.data)),
-        len(target.data),
-        shown,
-        (annotations.fixed_mask is not None, annotations.moving_mask is not None),
+    size = PairSize(
+        fixed=fixed.grid,
+        moving=moving.grid,
+        channels=(len(fixed.data), len(moving.data)),
+        compared=len(target.data),
+        box=shown,
+        masked=(annotations.fixed_mask is not None, annotations.moving_mask is not None),
     )
+    plan = make_plan(size, parameters, setup.learns, memory_limit_bytes(parameters.run.max_memory_gb))
     return PreparedPair.of(target, source, setup, plan.measuring_grid, annotations, weights), plan, shown
 
 

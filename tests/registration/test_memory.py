@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from regtool.geometry.images import Image
 from regtool.methods import names
 from regtool.preprocessing.resolution import antialiased, prepared_voxels
 from regtool.registration import memory as planner
-from regtool.registration.memory import LIMIT_SHARE, REFINEMENT_VOLUMES, activation_bytes, check_training, largest_shape, make_plan, training_bytes
+from regtool.registration.memory import (
+    LIMIT_SHARE,
+    REFINEMENT_VOLUMES,
+    PairSize,
+    Plan,
+    activation_bytes,
+    check_training,
+    largest_shape,
+    training_bytes,
+)
 from tests.conftest import random_grid
 
 GB = 2**30
@@ -24,6 +34,10 @@ BRAIN = Grid.regular((224, 192, 160))
 CT = Grid.regular((300, 512, 512))
 LUNG = Grid.regular((115, 157, 129))
 HEAD = Grid.regular((182, 218, 182))
+
+
+def make_plan(fixed: Grid, moving: Grid, parameters: Parameters, learns: bool, limit_bytes: int, **more: Any) -> Plan:
+    return planner.make_plan(PairSize(fixed=fixed, moving=moving, **more), parameters, learns, limit_bytes)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +74,7 @@ def test_masks_are_counted(fixed: Grid, masked: tuple[bool, bool], measured_mb: 
 def test_a_finer_grid_for_what_shows_something_is_counted() -> None:
     """Two brains, which fill 0.74 of their images."""
     whole, finer = (
-        make_plan(BRAIN, BRAIN, Parameters(), False, PLENTY, parts=parts).peak_bytes / 2**20 for parts in ((), ((0.1, 0.84), (0.0, 1.0), (0.0, 1.0)))
+        make_plan(BRAIN, BRAIN, Parameters(), False, PLENTY, box=parts).peak_bytes / 2**20 for parts in ((), ((0.1, 0.84), (0.0, 1.0), (0.0, 1.0)))
     )
     assert finer > whole
     assert finer == pytest.approx(1116, rel=0.25)
@@ -116,7 +130,7 @@ def test_learning_needs_more_than_applying_and_the_largest_shape_fits(ndim: int)
 
 def test_channels_are_counted(ndim: int) -> None:
     grid, parameters = Grid.regular((128,) * ndim), Parameters()
-    one, two = (make_plan(grid, grid, parameters, False, PLENTY, (n, n), n).peak_bytes for n in (1, 2))
+    one, two = (make_plan(grid, grid, parameters, False, PLENTY, channels=(n, n), compared=n).peak_bytes for n in (1, 2))
     assert one == make_plan(grid, grid, parameters, False, PLENTY).peak_bytes
     assert one + 2 * 4 * grid.voxels < two < 3 * one
 
