@@ -7,8 +7,10 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -48,12 +50,55 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def configure(threads: int | None, seed: int) -> None:
-    """CPU threads and the global seed. Denormals are flushed: near-zero fields run some twenty times slower with them."""
+_RANDOM = threading.RLock()  # torch has one random state for the whole process
+
+
+@contextlib.contextmanager
+def computing(threads: int | None = None) -> Iterator[None]:
+    """CPU threads as asked for, and denormals flushed: near-zero fields run some twenty times slower with them. Afterwards both are as before.
+
+    The number of threads is the whole process's: calls at the same time share it. Denormals are flushed in the calling thread.
+    """
+    before, flushed = torch.get_num_threads(), _flushes_denormals()
     torch.set_flush_denormal(True)
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers begin at `seed` inside; afterwards its random state is as before. One thread at a time."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _RANDOM, torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread does."""
+    return float(torch.tensor([1e-40]).mul(1)) == 0
+
+
+@dataclass
+class StopRequest:
+    """What a long run is asked for from outside. stop: the signal to end with, once everything is saved; save: a checkpoint."""
+
+    stop: int | None = None
+    save: bool = False
+
+
+Graceful = Callable[[], AbstractContextManager[StopRequest]]  # around the part of a run that can save itself
+
+
+def uninterrupted() -> AbstractContextManager[StopRequest]:
+    """Nobody asks."""
+    return contextlib.nullcontext(StopRequest())
 
 
 def memory_limit_bytes(max_memory_gb: float | None) -> int:

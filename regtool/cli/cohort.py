@@ -46,6 +46,7 @@ from regtool.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from regtool.cli.signals import graceful_shutdown
     from regtool.workflows.cohort import CohortEvent
 
 PAIRS = "Pairs"
@@ -167,7 +168,7 @@ def cohort(
         shlex.join(["regtool", *sys.argv[1:]]),
     )
     with _view(quiet) as watch:
-        report = work(request, watch)
+        report = work(request, watch, graceful_shutdown)
     emit(report, _summary(report, output), as_json)
     return int(report["exit_code"])
 

@@ -64,7 +64,10 @@ def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) ->
 
 
 def logs(verbosity: int) -> None:
-    """Regtool's log on stderr: -1 errors only, 0 warnings, 1 what happens, 2 everything."""
+    """Regtool's log on stderr, in place of ITK's warnings: -1 errors only, 0 warnings, 1 what happens, 2 everything."""
+    from regtool.io.images import silence_itk
+
+    silence_itk()
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

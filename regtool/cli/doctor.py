@@ -22,7 +22,10 @@ def doctor(
     `regtool doctor fixed.nii.gz moving.nii.gz`
     """
     from regtool.errors import InputError
+    from regtool.io.images import silence_itk
     from regtool.workflows.doctor import doctor as examine
+
+    silence_itk()
 
     found = examine(*pair(fixed, moving, fixed_option, moving_option))
     emit(found.as_dict(), found.table(), as_json)

@@ -192,11 +192,12 @@ def _site(request: dict[str, Any], as_json: bool, quiet: bool, verbose: int) -> 
     if request["output"] is None:
         raise UsageError("no folder is named for the adapted model", tip="name one with -o")
     logs(-1 if quiet else max(verbose, 1))
+    from regtool.cli.signals import graceful_shutdown
     from regtool.workflows.finetune import finetune_site
     from regtool.workflows.train import Request
 
     with train.view(quiet) as watch:
-        report = finetune_site(Request(**request), watch)
+        report = finetune_site(Request(**request), watch, graceful_shutdown)
     emit(report, train.summary(report, request["output"]), as_json)
     return 0
 

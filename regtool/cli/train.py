@@ -113,6 +113,7 @@ def train(
         "run.max_memory_gb": max_memory,
         "run.seed": seed,
     }
+    from regtool.cli.signals import graceful_shutdown
     from regtool.workflows.train import Request
     from regtool.workflows.train import train as work
 
@@ -122,7 +123,7 @@ def train(
         data, output, parameter_file, (*(overrides or ()), *texts), validation, atlas, atlas_labels, resume, overwrite, fix_header, command, synthetic
     )
     with view(quiet) as watch:
-        report = work(request, watch)
+        report = work(request, watch, graceful_shutdown)
     if "model" in report:  # of several processes the first one talks
         emit(report, summary(report, output), as_json)
 

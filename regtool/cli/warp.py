@@ -79,32 +79,32 @@ def warp(
     """
     from regtool.errors import UsageError
     from regtool.io.points import is_point_file
-    from regtool.runtime import configure, pick_device
+    from regtool.runtime import computing, pick_device
     from regtool.workflows.warp import warp_images, warp_points
 
     logs(-1 if quiet else verbose)
     points = [is_point_file(p) for p in inputs]
     if any(points) and not all(points):
         raise UsageError("images and points cannot be warped in one call", tip="call `regtool warp` once for each kind")
-    configure(threads, seed=0)
     result: dict[str, Any]
-    if all(points):
-        moved = warp_points(inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=overwrite)
-        result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": start}
-        table = [("points", f"{sum(moved.counts)} from {start} space")]
-        if moved.residual_mm is not None:
-            result["residual_mm"] = dict(zip(("mean", "max"), moved.residual_mm, strict=True))
-            table.append(("inverse residual", f"{moved.residual_mm[0]:.2g} mm mean, {moved.residual_mm[1]:.2g} mm largest"))
-        outputs, seconds = moved.outputs, moved.seconds
-    else:
-        if like is None:
-            raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
-        warped = warp_images(
-            inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=overwrite, fix_header=fix_header,
-            device=pick_device(device or "auto"),
-        )  # fmt: skip
-        result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
-        table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]
-        outputs, seconds = warped.outputs, warped.seconds
+    with computing(threads):
+        if all(points):
+            moved = warp_points(inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=overwrite)
+            result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": start}
+            table = [("points", f"{sum(moved.counts)} from {start} space")]
+            if moved.residual_mm is not None:
+                result["residual_mm"] = dict(zip(("mean", "max"), moved.residual_mm, strict=True))
+                table.append(("inverse residual", f"{moved.residual_mm[0]:.2g} mm mean, {moved.residual_mm[1]:.2g} mm largest"))
+            outputs, seconds = moved.outputs, moved.seconds
+        else:
+            if like is None:
+                raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
+            warped = warp_images(
+                inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=overwrite, fix_header=fix_header,
+                device=pick_device(device or "auto"),
+            )  # fmt: skip
+            result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
+            table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]
+            outputs, seconds = warped.outputs, warped.seconds
     table += [("written to", str(p)) for p in outputs]
     emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], as_json)

@@ -22,11 +22,15 @@ from regtool.io.intact import lost_numbers, safe_for_itk
 from regtool.io.mgh import read_mgh
 
 log = logging.getLogger("regtool")
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK writes to stderr; what matters is said by our own log
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".tif", ".tiff", ".png", ".jpg", ".gipl", ".mgz", ".dcm")
 WRITABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")  # the formats that keep geometry and any pixel type
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # whose fourth channel is no intensity but how much one sees through
+
+
+def silence_itk() -> None:
+    """ITK's own warnings no longer go to stderr, for the whole process: what matters is said by our log. Of a program's start, not of a library's."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 
 def read_image(path: Path, fix_header: bool = False) -> Image:

@@ -11,7 +11,9 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,37 +90,69 @@ def is_nifti2(path: Path) -> bool:
     return struct.unpack_from("<i", header)[0] == 540 or struct.unpack_from(">i", header)[0] == 540
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """What C libraries print on their own account goes nowhere: what matters is said by our errors."""
-    sys.stderr.flush()
+class _Shared:
+    """A change of the whole process that several threads may want at once: the first one makes it, the last one takes it back."""
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        """change: makes it, and returns what takes it back."""
+        self._change, self._lock, self._users = change, threading.Lock(), 0
+        self._undo: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._undo = self._change()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._undo()
+
+
+def _without_stderr() -> Callable[[], None]:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
     try:
         saved = os.dup(2)
     except OSError:  # there is no stderr
-        yield
-        return
+        return lambda: None
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         os.dup2(saved, 2)
         os.close(saved)
 
+    return undo
 
-@contextlib.contextmanager
-def permissive() -> Iterator[None]:
-    """ITK takes the nearest rotation of a sheared s-form instead of refusing it."""
+
+def _with_permission() -> Callable[[], None]:
     name = "ITK_NIFTI_SFORM_PERMISSIVE"
     before = os.environ.get(name)
     os.environ[name] = "YES"
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+    return undo
+
+
+_QUIET, _PERMISSIVE = _Shared(_without_stderr), _Shared(_with_permission)
+
+
+def quiet() -> AbstractContextManager[None]:
+    """What C libraries print on their own account goes nowhere: what matters is said by our errors."""
+    return _QUIET
+
+
+def permissive() -> AbstractContextManager[None]:
+    """ITK takes the nearest rotation of a sheared s-form instead of refusing it."""
+    return _PERMISSIVE
 
 
 def itk_reason(error: RuntimeError) -> str:

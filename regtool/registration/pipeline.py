@@ -33,7 +33,7 @@ from regtool.registration.pair import Annotations, PreparedPair, Setup
 from regtool.registration.refinement import refine
 from regtool.registration.selection import decide_to_deform, restrict_to_overlap, select_similarity
 from regtool.registration.state import Candidate, RegistrationState, accept_if_improved
-from regtool.runtime import Clock, memory_limit_bytes
+from regtool.runtime import Clock, memory_limit_bytes, seeded
 
 log = logging.getLogger("regtool")
 
@@ -257,9 +257,9 @@ def _engine(batch: Batch, pair: PreparedPair) -> tuple[Engine, Learned | None]:
     setup = pair.setup
     if setup.engine is not None and not setup.adapt:
         return setup.engine, None
-    torch.manual_seed(setup.parameters.run.seed)
-    start = setup.engine or build(setup.parameters, batch.fixed.dim() - 2).to(setup.device)
-    learned = learn(start, batch, setup.parameters.oneshot, pair.metric, trained=setup.engine is not None, progress=setup.progress)
+    with seeded(setup.parameters.run.seed):
+        start = setup.engine or build(setup.parameters, batch.fixed.dim() - 2).to(setup.device)
+        learned = learn(start, batch, setup.parameters.oneshot, pair.metric, trained=setup.engine is not None, progress=setup.progress)
     return learned.engine, learned
 
 

@@ -24,6 +24,7 @@ from regtool.geometry.sampling import warp_voxels
 from regtool.geometry.transforms import DisplacementField
 from regtool.methods.base import Engine, total
 from regtool.preprocessing.batch import Batch
+from regtool.runtime import seeded
 from regtool.similarity import SIMILARITIES
 from regtool.similarity.supervision import displacement_error, landmark_distance, soft_dice
 from regtool.training.dataset import collate
@@ -165,10 +166,9 @@ class Trainer:
         block = ((step * len(self.engine.phases) + number) * section.accumulate + part) * ranks.world + ranks.rank
         draws = range(block * section.batch_size, (block + 1) * section.batch_size)
         batch = collate([self.feed.pair(draw) for draw in draws]).to(self.device)
-        torch.manual_seed(hash((self.seed, block)) % 2**63)  # of dropout
         losses, last = self.losses[phase], part == section.accumulate - 1
-        quiet = losses.no_sync() if isinstance(losses, DistributedDataParallel) and not last else contextlib.nullcontext()
-        with quiet:
+        in_step = losses.no_sync() if isinstance(losses, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with in_step, seeded(hash((self.seed, block)) % 2**63):  # of dropout
             with self._precision():
                 terms = losses(batch)
             values = {name: float(term.detach()) for name, term in terms.items()}

@@ -22,8 +22,7 @@ from regtool.io.files import check_folder, sha256, write_text
 from regtool.io.pairs import Pair, Pairs, read_list
 from regtool.methods.resolve import resolve
 from regtool.report.cohort import cohort_html
-from regtool.runtime import pick_device
-from regtool.workflows.signals import graceful_shutdown
+from regtool.runtime import Graceful, pick_device, uninterrupted
 
 WORST = (0, 4, 3, 2, 5, 1)  # exit codes of pairs, the worst last
 TICK = 0.25  # seconds between looks at what is running
@@ -75,7 +74,7 @@ class CohortEvent:
     finished: Row | None = None
 
 
-def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None) -> dict[str, Any]:
+def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None, graceful: Graceful = uninterrupted) -> dict[str, Any]:
     """Registers every pair that is not finished, writes results.csv and cohort.html, and returns the summary; `exit_code` is that of the worst pair.
 
     Pairs fail alone. Raises, before the first pair, InputError for a wrong list (missing files all at once), UsageError for the folder of another
@@ -101,7 +100,7 @@ def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None)
             names = bids.target_names(pairs[k]) if request.bids else {}
             place = str(folders[k].folder), str(request.output.absolute())
             tasks.append(Task(pairs[k].id, *place, inputs, file, overrides, request.fix_header, request.command, names))
-    with graceful_shutdown() as asked:
+    with graceful() as asked:
         started = time.monotonic()
         full: Answer | None = None
         try:

@@ -16,6 +16,7 @@ from regtool.methods.model_file import save_model
 from regtool.methods.pretrained import pretrained
 from regtool.methods.resolve import Resolved, resolve
 from regtool.registration.adaptation import ProgressCallback
+from regtool.runtime import Graceful, uninterrupted
 from regtool.training.run_folder import MODEL
 from regtool.workflows import register, train
 from regtool.workflows.outcome import Outcome
@@ -42,7 +43,7 @@ def finetune(request: register.Request, from_scratch: bool = False, progress: Pr
     return register.register(request, progress, _resolved, _Adapted())
 
 
-def finetune_site(request: train.Request, watch: train.Watch | None = None) -> dict[str, Any]:
+def finetune_site(request: train.Request, watch: train.Watch | None = None, graceful: Graceful = uninterrupted) -> dict[str, Any]:
     """`train` from a model's weights on a few pairs, until those held out get no better; returns what report.json holds.
 
     Defaults are those of `train` but for SITE, and HELD_OUT where no validation list is given. Raises what `train` raises; UsageError without a
@@ -61,7 +62,7 @@ def finetune_site(request: train.Request, watch: train.Watch | None = None) -> d
             )
         table = {"train": {**SITE["train"], "validation_share": max(HELD_OUT, 1 / count)}}
         asked = read_parameters(request.parameter_file, request.overrides, table)
-    return train.train(replace(request, overrides=(*request.overrides, *_settled(asked, table))), watch)
+    return train.train(replace(request, overrides=(*request.overrides, *_settled(asked, table))), watch, graceful)
 
 
 def _settled(asked: Parameters, table: dict[str, dict[str, Any]]) -> tuple[str, ...]:

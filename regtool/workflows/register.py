@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from regtool.preprocessing.intensity import check_channels
 from regtool.registration.adaptation import ProgressCallback
 from regtool.registration.pair import Annotations, Setup
 from regtool.registration.pipeline import Registered, register_pair
-from regtool.runtime import Clock, configure, gathered_warnings, out_of_memory_explained, pick_device
+from regtool.runtime import Clock, computing, gathered_warnings, out_of_memory_explained, pick_device
 from regtool.workflows.failure import Known, clear_failure, failure_page
 from regtool.workflows.outcome import Outcome, OutputHook, evaluated, report_of, thresholds, write_folder
 
@@ -82,14 +83,14 @@ def register(request: Request, progress: ProgressCallback | None = None, resolve
         refuse_existing([request.output / "report.json"], request.overwrite)
         check_folder(request.output)
         clear_failure(request.output)
-    with gathered_warnings() as warnings, out_of_memory_explained():
+    with gathered_warnings() as warnings, out_of_memory_explained(), contextlib.ExitStack() as borrowed:
         with clock("read"):
             fixed, moving, annotations = read_inputs(request)
             resolved = resolver(request.parameter_file, request.overrides, fixed.grid.ndim)
             _judge_channels(fixed, moving, resolved.parameters.metric.channel_weights)
         run = resolved.parameters.run
         device = pick_device(run.device)
-        configure(run.threads, run.seed)
+        borrowed.enter_context(computing(run.threads))
         initial = read_transform(Path(run.initial_transform), fixed.grid) if run.initial_transform else None
         engine = resolved.engine.to(device) if resolved.engine is not None else None
         before = initial or Transform.identity(fixed.grid.ndim)

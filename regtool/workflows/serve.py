@@ -57,8 +57,10 @@ def serve() -> None:
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
 
+    from regtool.io.images import silence_itk
     from regtool.methods.resolve import resolve
 
+    silence_itk()
     remembered = functools.lru_cache(maxsize=4)(resolve)  # one model, read once for each dimension
     while True:
         task = Task(**json.loads(tasks.get()))

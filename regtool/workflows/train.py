@@ -24,19 +24,31 @@ from regtool.io.events import Events
 from regtool.io.files import check_folder
 from regtool.io.pairs import Pairs, read_list, split
 from regtool.methods import engine_section, read_parameters
+from regtool.methods.base import Engine
 from regtool.methods.pretrained import first_engine, parent, pretrained
 from regtool.methods.resolve import resolve
 from regtool.preprocessing.batch import Batch
 from regtool.registration.initialization import align
 from regtool.registration.memory import check_training, too_large
-from regtool.runtime import configure, gathered_warnings, memory_limit_bytes, out_of_memory_explained, peak_memory_mb, pick_device, versions
+from regtool.runtime import (
+    Graceful,
+    StopRequest,
+    computing,
+    gathered_warnings,
+    memory_limit_bytes,
+    out_of_memory_explained,
+    peak_memory_mb,
+    pick_device,
+    seeded,
+    uninterrupted,
+    versions,
+)
 from regtool.training.augmentation import augmented
 from regtool.training.dataset import Dataset, Order
 from regtool.training.distributed import DistributedContext, process_group
 from regtool.training.run_folder import MODEL, PAIRS, REPORT, STATE, RunFolder, TrainingState, numbers
 from regtool.training.synthesis import synthetic
 from regtool.training.trainer import Trainer, evenly_spaced
-from regtool.workflows.signals import Asked, graceful_shutdown
 
 log = logging.getLogger("regtool")
 
@@ -83,8 +95,8 @@ class ProgressEvent:
 Watch = Callable[[ProgressEvent], None]
 
 
-def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
-    """Trains, and returns what report.json holds.
+def train(request: Request, watch: Watch | None = None, graceful: Graceful = uninterrupted) -> dict[str, Any]:
+    """Trains, and returns what report.json holds. graceful: around the steps, tells when to stop.
 
     Raises UsageError and ParameterError (wrong or changed parameters, a run that is there), InputError (lists, images, resume state),
     OutOfMemory with the largest grid that fits, DivergedError, OutputError. The last checkpoint stays whole in any case.
@@ -92,9 +104,8 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
     ranks = DistributedContext(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))  # set by torchrun
     parameters = _parameters(request)
     _check_output(request)
-    with gathered_warnings(once=True) as warnings:
+    with gathered_warnings(once=True) as warnings, computing(parameters.run.threads):
         device = _device(parameters, ranks)
-        configure(parameters.run.threads, parameters.run.seed)
         limit = memory_limit_bytes(parameters.run.max_memory_gb)
         feed, held_out = _sources(request, parameters, limit, device)
         shape = _largest_shape([tuple(pair.fixed.shape[2:]) for part in (feed.some(), held_out.pairs()) for pair in part])
@@ -109,18 +120,23 @@ def train(request: Request, watch: Watch | None = None) -> dict[str, Any]:
         }
         told = {**feed.told, "validation_pairs": held_out.count, "device": str(device), **({"parent": origin} if origin else {})}
         folder = RunFolder(request.output, parameters, identity, {**told, "seed": parameters.run.seed})
-        with _memory_explained(parameters, shape, most), graceful_shutdown() as asked, process_group(ranks, device):
-            torch.manual_seed(parameters.run.seed)
+        with _memory_explained(parameters, shape, most), graceful() as asked, process_group(ranks, device):
             # nothing here may hold the trainer: its share in the group of processes has to be gone before the group is
             progress = _TrainingRun(
                 request,
                 parameters,
-                Trainer(first_engine(_learning(parameters, request.synthetic), len(shape)), parameters, feed, device, ranks),
+                Trainer(_first_engine(request, parameters, len(shape)), parameters, feed, device, ranks),
                 folder,
                 watch,
             ).run(held_out.pairs, asked)
         more = {"peak_memory_mb": peak_memory_mb(), "versions": versions(), "command": request.command, "warnings": warnings}
         return folder.report(progress, more) if ranks.first else {"status": "ok"}
+
+
+def _first_engine(request: Request, parameters: Parameters, ndim: int) -> Engine:
+    """The network that learns, its fresh weights from the seed."""
+    with seeded(parameters.run.seed):
+        return first_engine(_learning(parameters, request.synthetic), ndim)
 
 
 class _Feed:
@@ -182,7 +198,7 @@ class _TrainingRun:
         self.trainer, self.folder, self.watch = trainer, folder, watch if trainer.ranks.first else None
         self.progress = TrainingState()
 
-    def run(self, held_out: Callable[[], Iterable[Batch]], asked: Asked) -> TrainingState:
+    def run(self, held_out: Callable[[], Iterable[Batch]], asked: StopRequest) -> TrainingState:
         """Up to `steps`, `max_minutes` or a signal; a checkpoint at the end in any case but an error."""
         first, section = self.trainer.ranks.first, self.section
         self._begin(held_out)
@@ -283,7 +299,7 @@ class _TrainingRun:
             self.folder.draw_curves(self.progress)
             log.info("checkpoint after step %d in %s; --resume goes on from it", self.progress.step, self.folder.folder)
 
-    def _agreed(self, asked: Asked, late: bool) -> tuple[bool, bool]:
+    def _agreed(self, asked: StopRequest, late: bool) -> tuple[bool, bool]:
         """(stop, save), the same in every process: one that stopped alone would leave the others waiting for it."""
         wanted = torch.tensor([float(asked.stop is not None or late), float(asked.save)])
         asked.save = False

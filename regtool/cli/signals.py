@@ -6,28 +6,21 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FrameType
+
+from regtool.runtime import StopRequest
 
 STOP = ("SIGINT", "SIGTERM")
 SAVE = "SIGUSR1"  # what SLURM sends ahead of a time limit (--signal=USR1@60); Windows has none
 
 
-@dataclass
-class Asked:
-    """What the signals so far ask for. stop: the signal to end with, once everything is saved; save: a checkpoint now, then go on."""
-
-    stop: int | None = None
-    save: bool = False
-
-
 @contextlib.contextmanager
-def graceful_shutdown() -> Iterator[Asked]:
+def graceful_shutdown() -> Iterator[StopRequest]:
     """SIGINT, SIGTERM and SIGUSR1 are noted instead of ending the process; a second SIGINT or SIGTERM acts at once.
 
     On leaving, a noted stop is raised again for whoever handled it before. Elsewhere than in the main thread nothing is changed.
     """
-    asked = Asked()
+    asked = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
