@@ -1,15 +1,21 @@
-"""The methods. One file here is one method: its docstring's first line describes it, its `CITATION` names the paper, its `Parameters` is the
-`[engine]` section, its `DEFAULTS` are what the paper has in the other sections, its one subclass of `Engine` does the work. Nothing has to be
-registered anywhere. No torch until `load`.
+"""The methods. One file here is one method. It declares, besides a docstring whose first line describes it:
+
+- `CITATION`: the paper to cite;
+- `Parameters`: a `Section`, the method's own `[engine]`;
+- `DEFAULTS`: what the paper has in the other sections, {section: {key: value}};
+- `engine()`: the class, a subclass of `Engine`.
+
+Nothing has to be registered anywhere: a file with an `engine()` is a method. It is imported as any module. The files that come with regtool load
+torch inside `engine()` only, so that listing and checking takes no second; a method of one's own need not.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
-import inspect
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from regtool.config.resolve import load as load_parameters
@@ -22,47 +28,35 @@ if TYPE_CHECKING:
     from regtool.methods.base import Engine
 
 FOLDER = Path(__file__).parent
-OTHERS = ("__init__", "base", "model_file", "pretrained", "resolve")  # files here that are no methods
-LIGHT = ("typing", "pydantic", "regtool.config.schema", "regtool.config.section", "regtool.config.registration")  # what a `Parameters` may use
+IS_METHOD = re.compile(r"^def engine\(", re.MULTILINE)
 
 
 def names() -> list[str]:
     """All methods, sorted."""
-    return sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in OTHERS)
+    return sorted(file.stem for file in FOLDER.glob("*.py") if IS_METHOD.search(file.read_text(encoding="utf-8")))
 
 
 def summary(name: str) -> str:
-    """First line of the method's docstring, without importing it. UsageError for an unknown name."""
-    return (ast.get_docstring(_tree(name)) or "").partition("\n")[0]
+    """First line of the method's docstring. UsageError for an unknown name."""
+    return (_module(name).__doc__ or "").partition("\n")[0]
 
 
-@functools.cache
 def parameters_of(name: str) -> type[Section]:
-    """The method's `Parameters` (its `[engine]` section) without importing torch: only that class of the file is run, with its light imports.
-
-    Raises UsageError for an unknown name, RegtoolError where the file declares no such class.
-    """
-    tree = _tree(name)
-    wanted = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in LIGHT]
-    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Parameters"]
-    if not found:
+    """The method's `Parameters`, its `[engine]` section. UsageError for an unknown name, RegtoolError where the file declares no such class."""
+    found = getattr(_module(name), "Parameters", None)
+    if not (isinstance(found, type) and issubclass(found, Section)):
         raise RegtoolError(f"method {name!r} declares no `class Parameters(Section)`")
-    space: dict[str, Any] = {"__name__": f"{__name__}.{name}"}
-    exec(compile(ast.Module([*wanted, *found], []), str(FOLDER / f"{name}.py"), "exec", dont_inherit=True), space)
-    schema: type[Section] = space["Parameters"]
-    return schema
+    return found
 
 
 def defaults_of(name: str) -> dict[str, Any]:
-    """What the method's paper has in the other sections: its literal `DEFAULTS`, {section: {key: value}}. UsageError for an unknown name."""
-    found: dict[str, Any] = _literal(name, "DEFAULTS", {})
-    return found
+    """What the method's paper has in the other sections: its `DEFAULTS`. UsageError for an unknown name."""
+    return dict(getattr(_module(name), "DEFAULTS", {}))
 
 
 def citation_of(name: str) -> str:
-    """The paper to cite for the method: its literal `CITATION`, empty where it has none. UsageError for an unknown name."""
-    found: str = _literal(name, "CITATION", "")
-    return found
+    """The paper to cite for the method: its `CITATION`, empty where it has none. UsageError for an unknown name."""
+    return str(getattr(_module(name), "CITATION", ""))
 
 
 def read_parameters(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None) -> Parameters:
@@ -70,14 +64,11 @@ def read_parameters(path: Path | None, overrides: tuple[str, ...] = (), base: di
     return load_parameters(path, overrides, base, defaults_of)
 
 
+@functools.cache
 def load(name: str) -> type[Engine]:
     """The method's engine class; imports torch. UsageError with the nearest name for an unknown one."""
-    _tree(name)
-    module = importlib.import_module(f"{__name__}.{name}")
-    base: type[Engine] = importlib.import_module(f"{__name__}.base").Engine
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    engine: type[Engine] = next(c for c in classes if issubclass(c, base))
-    return engine
+    found: type[Engine] = _module(name).engine()
+    return found
 
 
 def engine_section(parameters: Parameters, path: Path | None = None, overrides: tuple[str, ...] = ()) -> Section | None:
@@ -93,21 +84,11 @@ def build(parameters: Parameters, ndim: int, channels: int = 1) -> Engine:
     """An engine with fresh weights as a parameter file describes it. UsageError for an unknown method, ParameterError for a wrong `[engine]`."""
     if parameters.method is None:
         raise UsageError("no method is named, so there is no network to build", tip="name one with -m")
-    engine = load(parameters.method)
-    own = validated(importlib.import_module(engine.__module__).Parameters, parameters.engine, "engine")
-    return engine(own, parameters, ndim=ndim, channels=channels)
+    own = validated(parameters_of(parameters.method), parameters.engine, "engine")
+    return load(parameters.method)(own, parameters, ndim=ndim, channels=channels)
 
 
-def _literal(name: str, wanted: str, otherwise: Any) -> Any:
-    """The value of a constant of the method's file, without importing it."""
-    for node in _tree(name).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == wanted for t in node.targets):
-            return ast.literal_eval(node.value)
-    return otherwise
-
-
-@functools.cache
-def _tree(name: str) -> ast.Module:
+def _module(name: str) -> ModuleType:
     if name not in names():
         raise UsageError(f"unknown method {name!r}; {did_you_mean(name, names())}", tip="`regtool methods` lists them")
-    return ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    return importlib.import_module(f"{__name__}.{name}")

@@ -8,25 +8,16 @@ paper, which differ from the release's.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
-from torch.func import functional_call
 
 from regtool.config.schema import Parameters as AllParameters
 from regtool.config.schema import TrainingSimilarity
 from regtool.config.section import Section
-from regtool.deformation.dense import dense
-from regtool.geometry.sampling import warp_voxels
-from regtool.methods.base import Engine
-from regtool.networks.blocks import CONV, at_multiple, small_head
-from regtool.networks.discriminator import Discriminator
-from regtool.networks.plain_unet import PlainUNet
-from regtool.preprocessing.batch import Batch
-from regtool.similarity import SIMILARITIES
-from regtool.similarity.adversarial import absolute_error, discriminator_loss, generator_loss
+
+if TYPE_CHECKING:
+    from regtool.methods.base import Engine
 
 CITATION = "Zhang X, Jian W, Chen Y, Yang S. Deform-GAN: An Unsupervised Learning Model for Deformable Registration. arXiv:2002.11430, 2020."
 DEFAULTS = {
@@ -35,10 +26,6 @@ DEFAULTS = {
     "metric": {"name": "mind"},  # the paper's images are of two sequences, between which nothing that compares intensities is of use
     "train": {"steps": 50_000, "batch_size": 2, "learning_rate": 1e-4},
 }
-MEMORY = 0.98  # decay of the running means that the monitor keeps
-PATIENCE = 500  # steps of training that have to look bad before it warns
-SURE = 0.95  # accuracy of a discriminator from which a generator learns nothing
-FLAT = 0.1  # contrast of G's images, relative to real ones, below which they count as constant
 
 
 class Parameters(Section):
@@ -58,182 +45,100 @@ class Parameters(Section):
     spectral_norm: bool = Field(False, description="D: weights divided by their largest singular value instead of batch normalisation")
 
 
-class DeformGAN(Engine):
-    """Zhang et al. 2020, Eq. 4-8; Deform-GAN-2 unless told otherwise.
+def engine() -> type[Engine]:
+    """The class of the method; torch is loaded here."""
+    import torch
+    from torch import nn
 
-    Images come with intensities from 0 to 1 (or `preprocess.top`) and are taken to -1 to 1 in here, because G ends in a tanh: all losses compare
-    images on that scale, for which the 1 under the root of the local gradients is meant.
-    """
+    from regtool.deformation.dense import dense
+    from regtool.geometry.sampling import warp_voxels
+    from regtool.methods.adversary import Adversary, squared_kernels
+    from regtool.methods.base import Engine
+    from regtool.networks.blocks import at_multiple, small_head
+    from regtool.networks.plain_unet import PlainUNet
+    from regtool.preprocessing.batch import Batch
+    from regtool.similarity import SIMILARITIES
 
-    phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator", "registration")
-    forward_passes_kept: ClassVar[int] = 2  # T and, behind it, G
-    settings: Parameters
+    class DeformGAN(Engine):
+        """Zhang et al. 2020, Eq. 4-8; Deform-GAN-2 unless told otherwise.
 
-    def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
-        super().__init__(settings, parameters, ndim=ndim, channels=channels)
-        self.top = parameters.preprocess.top
-        self.gradients = TrainingSimilarity(name="lg", window=settings.gradient_window)
-        self.network = PlainUNet(ndim, 2 * channels, settings.channels, small_head(ndim, settings.channels[0], ndim))
-        self.multiple = self.network.multiple
-        self.adversary: Adversary | None = Adversary(settings, ndim, channels)
+        Images come with intensities from 0 to 1 (or `preprocess.top`) and are taken to -1 to 1 in here, because G ends in a tanh: all losses compare
+        images on that scale, for which the 1 under the root of the local gradients is meant.
+        """
 
-    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """(N, C, *shape) twice to (N, D, *shape) voxels."""
-        images = self._scaled(torch.cat([moving, fixed], dim=1))
-        return dense(at_multiple(self.network, images, self.multiple))
+        phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator", "registration")
+        forward_passes_kept: ClassVar[int] = 2  # T and, behind it, G
+        settings: Parameters
 
-    def losses(self, batch: Batch, phase: str) -> dict[str, torch.Tensor]:
-        """Weighted terms by name, the same names in every step: those that a warm-up leaves out are zero."""
-        if phase == "registration":
-            return self._registration_losses(batch)
-        assert self.adversary is not None
-        warmup = self.settings.warmup_steps
-        if warmup and bool(2 * self.adversary.monitor.steps < warmup):
-            nothing = 0 * torch.stack([p.sum() for p in self.trainable(phase)]).sum()
-            return dict.fromkeys(self.adversary.terms(phase), nothing)
-        with torch.no_grad():
-            warped = warp_voxels(batch.moving, self.displacement(batch.fixed, batch.moving))
-        real, warped = self._scaled(batch.fixed), self._scaled(warped)
-        if phase == "discriminator":
-            return self.adversary.discriminator_losses(real, warped)
-        return self.adversary.generator_losses(real, warped, batch.fixed_mask, self.gradients)
+        def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
+            super().__init__(settings, parameters, ndim=ndim, channels=channels)
+            self.top = parameters.preprocess.top
+            self.gradients = TrainingSimilarity(name="lg", window=settings.gradient_window)
+            self.network = PlainUNet(ndim, 2 * channels, settings.channels, small_head(ndim, settings.channels[0], ndim))
+            self.multiple = self.network.multiple
+            self.adversary: Adversary | None = Adversary(settings, ndim, channels)
 
-    def _registration_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Eq. 4 and 5; without an adversary only the second half of Eq. 5, the local gradients."""
-        displacement = self.displacement(batch.fixed, batch.moving)
-        terms = {}
-        if self.adversary is not None:
+        def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+            """(N, C, *shape) twice to (N, D, *shape) voxels."""
+            images = self._scaled(torch.cat([moving, fixed], dim=1))
+            return dense(at_multiple(self.network, images, self.multiple))
+
+        def losses(self, batch: Batch, phase: str) -> dict[str, torch.Tensor]:
+            """Weighted terms by name, the same names in every step: those that a warm-up leaves out are zero."""
+            if phase == "registration":
+                return self._registration_losses(batch)
+            assert self.adversary is not None
+            warmup = self.settings.warmup_steps
+            if warmup and bool(2 * self.adversary.monitor.steps < warmup):
+                nothing = 0 * torch.stack([p.sum() for p in self.trainable(phase)]).sum()
+                return dict.fromkeys(self.adversary.terms(phase), nothing)
+            with torch.no_grad():
+                warped = warp_voxels(batch.moving, self.displacement(batch.fixed, batch.moving))
+            real, warped = self._scaled(batch.fixed), self._scaled(warped)
+            if phase == "discriminator":
+                return self.adversary.discriminator_losses(real, warped)
+            return self.adversary.generator_losses(real, warped, batch.fixed_mask, self.gradients)
+
+        def _registration_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+            """Eq. 4 and 5; without an adversary only the second half of Eq. 5, the local gradients."""
+            displacement = self.displacement(batch.fixed, batch.moving)
+            terms = {}
+            if self.adversary is not None:
+                real, warped = self._scaled(batch.fixed), self._scaled(warp_voxels(batch.moving, displacement))
+                alike = displacement.new_zeros(())
+                if not self.settings.warmup_steps or bool(self.adversary.monitor.steps >= self.settings.warmup_steps):
+                    translated = self.adversary.translated(warped, frozen=True)
+                    alike = SIMILARITIES[self.similarity.name](real, translated, self.similarity, batch.fixed_mask)
+                terms[f"{self.similarity.name}_translated"] = -self.similarity.weight * alike
+                if self.training:
+                    self.adversary.monitor.steps.add_(1)
+            terms["weight_decay"] = self.settings.weight_decay * squared_kernels(self.network)
+            return terms | self.registration_losses(batch, displacement)
+
+        def registration_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
+            """Minus the local gradient similarity of the images as they are, of whatever modalities, and the terms of the field."""
             real, warped = self._scaled(batch.fixed), self._scaled(warp_voxels(batch.moving, displacement))
-            alike = displacement.new_zeros(())
-            if not self.settings.warmup_steps or bool(self.adversary.monitor.steps >= self.settings.warmup_steps):
-                translated = self.adversary.translated(warped, frozen=True)
-                alike = SIMILARITIES[self.similarity.name](real, translated, self.similarity, batch.fixed_mask)
-            terms[f"{self.similarity.name}_translated"] = -self.similarity.weight * alike
-            if self.training:
-                self.adversary.monitor.steps.add_(1)
-        terms["weight_decay"] = self.settings.weight_decay * _squared_kernels(self.network)
-        return terms | self.registration_losses(batch, displacement)
+            alike = SIMILARITIES["lg"](real, warped, self.gradients, batch.fixed_mask)
+            return {"local_gradients": -self.settings.beta * alike, **self.field_losses(batch, displacement)}
 
-    def registration_losses(self, batch: Batch, displacement: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Minus the local gradient similarity of the images as they are, of whatever modalities, and the terms of the field."""
-        real, warped = self._scaled(batch.fixed), self._scaled(warp_voxels(batch.moving, displacement))
-        alike = SIMILARITIES["lg"](real, warped, self.gradients, batch.fixed_mask)
-        return {"local_gradients": -self.settings.beta * alike, **self.field_losses(batch, displacement)}
+        def _scaled(self, image: torch.Tensor) -> torch.Tensor:
+            """Intensities as G's tanh can make them."""
+            return image * (2 / self.top) - 1
 
-    def _scaled(self, image: torch.Tensor) -> torch.Tensor:
-        """Intensities as G's tanh can make them."""
-        return image * (2 / self.top) - 1
+        def trainable(self, phase: str) -> Iterable[nn.Parameter]:
+            """D, G or T."""
+            networks: dict[str, nn.Module] = {"registration": self.network}
+            if self.adversary is not None:
+                networks |= {"generator": self.adversary.generator, "discriminator": self.adversary.discriminator}
+            return networks[phase].parameters()
 
-    def trainable(self, phase: str) -> Iterable[nn.Parameter]:
-        """D, G or T."""
-        networks: dict[str, nn.Module] = {"registration": self.network}
-        if self.adversary is not None:
-            networks |= {"generator": self.adversary.generator, "discriminator": self.adversary.discriminator}
-        return networks[phase].parameters()
+        def drop_training_parts(self) -> None:
+            """T is left; it can still learn, from local gradients and smoothness alone."""
+            self.adversary = None
+            self.phases = ("registration",)  # type: ignore[misc]  # of this engine alone, not of its class
 
-    def drop_training_parts(self) -> None:
-        """T is left; it can still learn, from local gradients and smoothness alone."""
-        self.adversary = None
-        self.phases = ("registration",)  # type: ignore[misc]  # of this engine alone, not of its class
+        def warning(self) -> str | None:
+            """A sentence where D has won, or G's images have no contrast, for hundreds of steps."""
+            return None if self.adversary is None else self.adversary.monitor.warning()
 
-    def warning(self) -> str | None:
-        """A sentence where D has won, or G's images have no contrast, for hundreds of steps."""
-        return None if self.adversary is None else self.adversary.monitor.warning()
-
-
-class Adversary(nn.Module):
-    """G, D and what is remembered of their contest. real, warped: (N, C, *shape) from -1 to 1."""
-
-    def __init__(self, settings: Parameters, ndim: int, channels: int) -> None:
-        super().__init__()
-        widths = settings.channels
-        self.settings = settings
-        self.generator = PlainUNet(ndim, channels, widths, CONV[ndim](widths[0], channels, 1))
-        self.discriminator = Discriminator(ndim, channels, (*widths[1:], widths[-1]), spectral=settings.spectral_norm)
-        self.monitor = Monitor()
-
-    def translated(self, warped: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
-        """G's image of `warped`, from -1 to 1; frozen: the gradient passes through G, none reaches its weights."""
-
-        def generate(x: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(_frozen(self.generator, x) if frozen else self.generator(x))
-
-        return at_multiple(generate, warped, self.generator.multiple).contiguous()
-
-    def terms(self, phase: str) -> list[str]:
-        """The names of the losses of D or of G."""
-        if phase == "discriminator":
-            return ["adversarial"]
-        return ["adversarial", "l1", *(["local_gradients"] if self.settings.variant == 2 else []), "weight_decay"]
-
-    def discriminator_losses(self, real: torch.Tensor, warped: torch.Tensor) -> dict[str, torch.Tensor]:
-        """D on real images and on those of a G at rest, in one batch as its normalisation needs it."""
-        with torch.no_grad():
-            fake = self.translated(warped)
-        on_real, on_fake = self.discriminator(torch.cat([real, fake])).chunk(2)
-        if self.training:
-            self.monitor.see(on_real, on_fake, real, fake)
-        return {"adversarial": discriminator_loss(on_real, on_fake, self.settings.label_smoothing)}
-
-    def generator_losses(
-        self, real: torch.Tensor, warped: torch.Tensor, mask: torch.Tensor | None, gradients: TrainingSimilarity
-    ) -> dict[str, torch.Tensor]:
-        """Eq. 8. D, at rest, sees real images beside G's as it does when it learns: the statistics of its batch are then the same."""
-        fake = self.translated(warped)
-        on_fake = _frozen(self.discriminator, torch.cat([real, fake])).chunk(2)[1]
-        out = {"adversarial": generator_loss(on_fake), "l1": self.settings.l1 * absolute_error(fake, real, mask)}
-        if self.settings.variant == 2:
-            out["local_gradients"] = -self.settings.mu * SIMILARITIES["lg"](warped, fake, gradients, mask)
-        return out | {"weight_decay": self.settings.weight_decay * _squared_kernels(self.generator)}
-
-
-class Monitor(nn.Module):
-    """How the contest of G and D goes: running means in buffers, so that a training that is resumed remembers them."""
-
-    steps: torch.Tensor
-    accuracy: torch.Tensor
-    contrast: torch.Tensor
-    sure_for: torch.Tensor
-    flat_for: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("steps", "sure_for", "flat_for"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("accuracy", torch.tensor(0.5))
-        self.register_buffer("contrast", torch.tensor(1.0))
-
-    @torch.no_grad()
-    def see(self, on_real: torch.Tensor, on_fake: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> None:
-        """One step of D: (N,) logits on real images and on G's, and the images themselves. No number leaves the device."""
-        right = torch.cat([on_real > 0, on_fake < 0]).float().mean()
-        spread, wanted = (x.float().flatten(1).std(dim=1, correction=0).mean() for x in (fake, real))
-        self.accuracy.lerp_(right.to(self.accuracy), 1 - MEMORY)
-        self.contrast.lerp_((spread / wanted.clamp(min=1e-6)).clamp(max=1).to(self.contrast), 1 - MEMORY)
-        for count, bad in ((self.sure_for, self.accuracy > SURE), (self.flat_for, self.contrast < FLAT)):
-            count.copy_(torch.where(bad, count + 1, 0))
-
-    def warning(self) -> str | None:
-        """What has looked bad in each of the last hundreds of steps."""
-        if int(self.flat_for) >= PATIENCE:
-            return (
-                f"the generator's images have had {100 * float(self.contrast):.0f} % of the real contrast for {int(self.flat_for)} steps: it has "
-                "collapsed; start again with engine.warmup_steps or a lower train.learning_rate"
-            )
-        if int(self.sure_for) >= PATIENCE:
-            return (
-                f"the discriminator has been right in {100 * float(self.accuracy):.0f} % of the cases for {int(self.sure_for)} steps, so that the "
-                "generator learns nothing from it; try engine.label_smoothing=0.1 or engine.spectral_norm=true"
-            )
-        return None
-
-
-def _frozen(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """network(x) with a gradient for x alone; the network's own buffers stay as they are, too."""
-    state = {name: tensor.detach().clone() for name, tensor in network.named_buffers()}
-    return functional_call(network, state | {name: p.detach() for name, p in network.named_parameters()}, (x,))
-
-
-def _squared_kernels(network: nn.Module) -> torch.Tensor:
-    """The sum of the squares of all weights of all convolutions, biases left out."""
-    return torch.stack([p.square().sum() for p in network.parameters() if p.dim() > 1]).sum()
+    return DeformGAN

@@ -6,18 +6,16 @@ The displacement is as smooth as its control grid is coarse, so no term of regul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 
 from regtool.config.schema import Parameters as AllParameters
 from regtool.config.section import Section
-from regtool.deformation.bspline import bspline, limited, thin_plate
 from regtool.errors import ParameterError
-from regtool.methods.base import Engine
-from regtool.networks.blocks import at_multiple
-from regtool.networks.regressor import Downsampling, Regressor
+
+if TYPE_CHECKING:
+    from regtool.methods.base import Engine
 
 CITATION = (
     "de Vos BD, Berendsen FF, Viergever MA, Staring M, Išgum I. End-to-End Unsupervised Deformable Image Registration with a Convolutional Neural "
@@ -29,7 +27,6 @@ DEFAULTS = {
     "train": {"batch_size": 32, "learning_rate": 1e-3, "steps": 10_000},  # the paper names no learning rate
 }
 DIMENSIONS = {"b2": (2,)}  # of the variants that are not for all
-DOWNSAMPLING: dict[str, Downsampling] = {"a1": "max", "a2": "strided"}
 
 
 class Parameters(Section):
@@ -52,59 +49,70 @@ class Parameters(Section):
     )
 
 
-class DIRNet(Engine):
-    """de Vos et al., DLMIA 2017; loss: minus the correlation of the whole images."""
+def engine() -> type[Engine]:
+    """The class of the method; torch is loaded here."""
+    import torch
 
-    settings: Parameters
+    from regtool.deformation.bspline import bspline, limited, thin_plate
+    from regtool.methods.base import Engine
+    from regtool.networks.blocks import at_multiple
+    from regtool.networks.regressor import Downsampling, Regressor
 
-    def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
-        super().__init__(settings, parameters, ndim=ndim, channels=channels)
-        self.spacing = self.multiple = 2**settings.downsamplings
-        self.whole = _whole(parameters, ndim) if settings.variant == "c2" else None
-        if ndim not in DIMENSIONS.get(settings.variant, (ndim,)):
-            raise ParameterError(
-                f"method dirnet, variant {settings.variant} is for 2-D images, these are {ndim}-D",
-                tip="take engine.variant = c1, the paper's most accurate",
+    downsampling: dict[str, Downsampling] = {"a1": "max", "a2": "strided"}
+
+    class DIRNet(Engine):
+        """de Vos et al., DLMIA 2017; loss: minus the correlation of the whole images."""
+
+        settings: Parameters
+
+        def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
+            super().__init__(settings, parameters, ndim=ndim, channels=channels)
+            self.spacing = self.multiple = 2**settings.downsamplings
+            self.whole = _whole(parameters, ndim) if settings.variant == "c2" else None
+            if ndim not in DIMENSIONS.get(settings.variant, (ndim,)):
+                raise ParameterError(
+                    f"method dirnet, variant {settings.variant} is for 2-D images, these are {ndim}-D",
+                    tip="take engine.variant = c1, the paper's most accurate",
+                )
+            self.network = Regressor(
+                ndim,
+                2 * channels,
+                ndim,
+                kernels=settings.kernels,
+                downsamplings=settings.downsamplings,
+                downsampling=downsampling.get(settings.variant, "average"),
+                overlapping=settings.variant == "c1",
+                whole=[-(-n // self.spacing) * self.spacing for n in self.whole] if self.whole else None,
+                norm=settings.norm,
             )
-        self.network = Regressor(
-            ndim,
-            2 * channels,
-            ndim,
-            kernels=settings.kernels,
-            downsamplings=settings.downsamplings,
-            downsampling=DOWNSAMPLING.get(settings.variant, "average"),
-            overlapping=settings.variant == "c1",
-            whole=[-(-n // self.spacing) * self.spacing for n in self.whole] if self.whole else None,
-            norm=settings.norm,
-        )
 
-    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """(N, C, *shape) twice to (N, D, *shape) voxels. ParameterError where variant c2 meets images of another size than its own."""
-        if self.whole is not None and self.whole != tuple(fixed.shape[2:]):
-            raise ParameterError(
-                f"method dirnet, variant c2 was made for images of {_times(self.whole)} voxels, these have {_times(fixed.shape[2:])}",
-                tip="set grid.size to the size of the images the network shall see",
-            )
-        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.spacing).contiguous()
+        def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+            """(N, C, *shape) twice to (N, D, *shape) voxels. ParameterError where variant c2 meets images of another size than its own."""
+            if self.whole is not None and self.whole != tuple(fixed.shape[2:]):
+                raise ParameterError(
+                    f"method dirnet, variant c2 was made for images of {_times(self.whole)} voxels, these have {_times(fixed.shape[2:])}",
+                    tip="set grid.size to the size of the images the network shall see",
+                )
+            return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.spacing).contiguous()
 
-    def _deform(self, images: torch.Tensor) -> torch.Tensor:
-        control = self.network(images)
-        if self.settings.diffeomorphic_limit:
-            control = limited(control, self.spacing)
-        if self.settings.variant == "b2":
-            return thin_plate(control, self.spacing)
-        return bspline(control, self.spacing, 2 if self.settings.variant == "b1" else 3, self.settings.edge)
+        def _deform(self, images: torch.Tensor) -> torch.Tensor:
+            control = self.network(images)
+            if self.settings.diffeomorphic_limit:
+                control = limited(control, self.spacing)
+            if self.settings.variant == "b2":
+                return thin_plate(control, self.spacing)
+            return bspline(control, self.spacing, 2 if self.settings.variant == "b1" else 3, self.settings.edge)
 
+    def _whole(parameters: AllParameters, ndim: int) -> tuple[int, ...]:
+        """grid.size in the order of the array's axes."""
+        size = parameters.grid.size
+        if size is None:
+            raise ParameterError("method dirnet, variant c2 looks at the whole image: say grid.size", tip="for example --set grid.size=[256,256]")
+        if len(size) != ndim:
+            raise ParameterError(f"grid.size: {list(size)} is not for {ndim}-D images", tip="one number for each of x, y[, z]")
+        return size[::-1]
 
-def _whole(parameters: AllParameters, ndim: int) -> tuple[int, ...]:
-    """grid.size in the order of the array's axes."""
-    size = parameters.grid.size
-    if size is None:
-        raise ParameterError("method dirnet, variant c2 looks at the whole image: say grid.size", tip="for example --set grid.size=[256,256]")
-    if len(size) != ndim:
-        raise ParameterError(f"grid.size: {list(size)} is not for {ndim}-D images", tip="one number for each of x, y[, z]")
-    return size[::-1]
+    def _times(shape: Sequence[int]) -> str:
+        return " x ".join(str(n) for n in reversed(shape))
 
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in reversed(shape))
+    return DIRNet

@@ -6,18 +6,15 @@ zero the same network stops at half resolution and its output is a stationary ve
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 
 from regtool.config.schema import Parameters as AllParameters
 from regtool.config.section import Section
-from regtool.deformation.dense import dense
-from regtool.deformation.velocity import velocity
-from regtool.methods.base import Engine
-from regtool.networks.blocks import at_multiple
-from regtool.networks.unet import UNet
+
+if TYPE_CHECKING:
+    from regtool.methods.base import Engine
 
 CITATION = (
     "Balakrishnan G, Zhao A, Sabuncu MR, Guttag J, Dalca AV. An Unsupervised Learning Model for Deformable Medical Image Registration. CVPR 2018. "
@@ -44,30 +41,23 @@ class Parameters(Section):
     )
 
 
-class Network(UNet):
-    """The published network with what turns its output into a displacement."""
+def engine() -> type[Engine]:
+    """The class of the method; torch is loaded here."""
+    import torch
 
-    def __init__(self, variant: str, integration_steps: int, *, ndim: int, channels: int) -> None:
-        super().__init__(ndim, 2 * channels, ndim, ENCODER, DECODER[variant], half_resolution=integration_steps > 0)
-        self.integration_steps = integration_steps
+    from regtool.methods.base import Engine
+    from regtool.methods.deforming_unet import DeformingUNet
 
-    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """(N, C, *shape) twice to (N, D, *shape) voxels; any shape."""
-        return at_multiple(self._deform, torch.cat([moving, fixed], dim=1), self.multiple).contiguous()
+    class VoxelMorph(Engine):
+        """Balakrishnan et al., CVPR 2018; loss: -similarity + weight * diffusion, weight 1.0 (vm1) or 1.5 (vm2) with LNCC, 0.01 with MSE."""
 
-    def _deform(self, images: torch.Tensor) -> torch.Tensor:
-        output, shape = self(images), images.shape[2:]
-        return velocity(output, shape, self.integration_steps) if self.integration_steps else dense(output, shape)
+        def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
+            super().__init__(settings, parameters, ndim=ndim, channels=channels)
+            self.network = DeformingUNet(ndim, channels, ENCODER, DECODER[settings.variant], settings.integration_steps)
+            self.multiple = self.network.multiple
 
+        def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+            """(N, C, *shape) twice to (N, D, *shape) voxels."""
+            return self.network.displacement(fixed, moving)
 
-class VoxelMorph(Engine):
-    """Balakrishnan et al., CVPR 2018; loss: -similarity + weight * diffusion, weight 1.0 (vm1) or 1.5 (vm2) with LNCC, 0.01 with MSE."""
-
-    def __init__(self, settings: Parameters, parameters: AllParameters, *, ndim: int, channels: int = 1) -> None:
-        super().__init__(settings, parameters, ndim=ndim, channels=channels)
-        self.network = Network(settings.variant, settings.integration_steps, ndim=ndim, channels=channels)
-        self.multiple = self.network.multiple
-
-    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """(N, C, *shape) twice to (N, D, *shape) voxels."""
-        return self.network.displacement(fixed, moving)
+    return VoxelMorph

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from regtool.geometry.composition import compose_voxels
 from regtool.geometry.jacobian import determinant
 from regtool.similarity.means import accumulator, at_least_float32
 from regtool.similarity.window import chunks
@@ -117,3 +118,12 @@ class _SquaredDifferences(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return upstream * ctx.saved_tensors[0], None, None
+
+
+def map_cycle(there: torch.Tensor, back: torch.Tensor, gradient: bool) -> torch.Tensor:
+    """How far two displacements (N, D, *shape) voxels, one after the other, are from the identity: the mean squared length in voxels (Greer 2021), or
+    the mean squared Frobenius norm of the gradient (Tian 2023).
+    """
+    missed = compose_voxels(there, back)
+    ndim = missed.shape[1]
+    return ndim**2 * diffusion(missed) if gradient else missed.square().sum(dim=1).mean()  # diffusion is a mean over components and axes

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from regtool import methods as engines
 from regtool.geometry.sampling import warp_voxels
+from regtool.methods import load
+from regtool.methods.adversary import PATIENCE, Monitor
 from regtool.methods.base import Engine
-from regtool.methods.deformgan import PATIENCE, DeformGAN, Monitor
 from regtool.networks.blocks import CONV, CONVOLVE, MAX_POOL, EvenDoublingConv
 from regtool.networks.discriminator import Discriminator
 from regtool.networks.plain_unet import PlainUNet
@@ -20,6 +21,8 @@ from regtool.preprocessing.batch import Batch
 from regtool.similarity.adversarial import absolute_error, discriminator_loss, generator_loss
 from regtool.similarity.lncc import lncc
 from tests.conftest import blobs
+
+DeformGAN = load("deformgan")
 
 FILES = [f for f in sorted((Path(__file__).resolve().parents[2] / "parameter_files").glob("deformgan_*.toml")) if "_synthetic_" not in f.stem]
 SMALL = "engine.channels=[4, 8, 8]"

@@ -15,8 +15,10 @@ from regtool import methods as engines
 from regtool.deformation.bspline import bspline
 from regtool.errors import ParameterError
 from regtool.geometry.jacobian import min_one_sided_jacobian
-from regtool.methods.dirnet import DIRNet
+from regtool.methods import load
 from regtool.networks.regressor import BatchNorm, Regressor
+
+DIRNet = load("dirnet")
 
 VARIANTS = ["baseline", "a1", "a2", "b1", "b2", "c1", "c2"]
 FITTING = [(v, n) for v, n in itertools.product(VARIANTS, (2, 3)) if (v, n) != ("b2", 3)]

@@ -13,11 +13,13 @@ from regtool import methods as engines
 from regtool.errors import ParameterError
 from regtool.geometry.jacobian import min_one_sided_jacobian
 from regtool.geometry.sampling import warp_voxels
-from regtool.methods.pyramid import Pyramid
+from regtool.methods import load
 from regtool.networks.pyramid import HalvingConv, compared
 from regtool.preprocessing.batch import Batch
 from regtool.similarity.mse import mse
 from tests.conftest import blobs
+
+Pyramid = load("pyramid")
 
 SMALL = ("engine.channels=[4,6,8]", "engine.hidden=[4,6,8]")
 SHAPES = [(28, 28), (17, 40), (1, 30), (96, 64), (17, 40, 5), (40, 1, 24), (1, 1, 9), (1, 1), (16, 16, 16)]

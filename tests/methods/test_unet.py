@@ -10,11 +10,13 @@ from scipy.ndimage import map_coordinates, uniform_filter
 
 from regtool import methods as engines
 from regtool.deformation.dense import dense
-from regtool.methods.unet import PooledUNet
+from regtool.methods import load
 from regtool.networks.blocks import CONVOLVE, SameConv, UpsampleConv, average_pool, double, in_float32
 from regtool.networks.summing_unet import SummingUNet
 from regtool.preprocessing.batch import Batch
 from tests.conftest import blobs
+
+PooledUNet = load("unet")
 
 
 def made(ndim: int, *settings: str) -> PooledUNet:
