@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from regtool.cli.console import emit, logs, stderr
 from regtool.cli.options import EXTRA, IMAGES, FixedOption, FixHeader, Json, MovingOption, Overwrite, Quiet, Verbose, pair
+from regtool.config.choices import Protocol
 
 COHORT = "Cohort"
 WORST = 5  # cases that the table names
@@ -86,7 +87,7 @@ def evaluate(
         bool, typer.Option("--skip-missing", help="Leave out pairs that a run has no result for.", rich_help_panel=COHORT)
     ] = False,
     protocol: Annotated[
-        Literal["regtool", "learn2reg"],
+        Protocol,
         typer.Option("--protocol", help="learn2reg: the numbers of that challenge's published script, its always-zero fold count included."),
     ] = "regtool",
     fix_header: FixHeader = False,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from regtool.config.schema import NO_MODEL
-from regtool.errors import UsageError
+from regtool.config.choices import DEVICE, LARGEST_SEED, MOST_THREADS, NO_MODEL, Alignment, ImageFormat, TimeMode, similarities
+from regtool.errors import UsageError, did_you_mean
 
-MOST_THREADS, LARGEST_SEED = 1024, 2**63 - 1  # as in parameters.py, whose import alone takes 0.1 s
 IMAGES, METHOD, OUTPUT, EXTRA, RUN = "Images", "Method", "Output", "Evaluation", "Run"
 
 Fixed = Annotated[Path | None, typer.Argument(help="The image that stays: a file, or a folder with a DICOM series.", show_default=False)]
@@ -31,9 +29,16 @@ FixHeader = Annotated[
 
 
 def _device(name: str | None) -> str | None:
-    if name is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+    if name is not None and not DEVICE.fullmatch(name):
         raise UsageError(f"--device {name}: unknown device", tip="expected auto, cpu, cuda, cuda:N or mps")
     return name
+
+
+def _similarity(name: str | None) -> str | None:
+    known = ["auto", *similarities()]
+    if name is not None and name.lower() not in known:
+        raise UsageError(f"--similarity {name}: unknown similarity; {did_you_mean(name, known)}", tip=f"expected one of {', '.join(known)}")
+    return None if name is None else name.lower()
 
 
 def _positive(gigabytes: float | None) -> float | None:
@@ -92,7 +97,7 @@ Model = Annotated[
     ),
 ]
 Align = Annotated[
-    Literal["auto", "none", "center", "moments", "rigid", "affine"] | None,
+    Alignment | None,
     typer.Option(
         "--align",
         help="First bring the images together: by their centres, their centres of mass, a rigid or an affine map.",
@@ -111,8 +116,15 @@ InitialTransform = Annotated[
     ),
 ]
 Similarity = Annotated[
-    Literal["auto", "lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"] | None,
-    typer.Option("--similarity", help="What a good match is.", rich_help_panel=METHOD, show_default=False),
+    str | None,
+    typer.Option(
+        "--similarity",
+        help="What a good match is.",
+        metavar="|".join(["auto", *similarities()]),
+        callback=_similarity,
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
 ]
 Refine = Annotated[
     str | None,
@@ -137,11 +149,9 @@ Inverse = Annotated[
     bool | None,
     typer.Option("--inverse/--no-inverse", help="Write the inverse displacement too, with its residual.", rich_help_panel=OUTPUT, show_default=False),
 ]
-Format = Annotated[
-    Literal["nii.gz", "mha", "nrrd"] | None, typer.Option("--format", help="Of the images written.", rich_help_panel=OUTPUT, show_default=False)
-]
+Format = Annotated[ImageFormat | None, typer.Option("--format", help="Of the images written.", rich_help_panel=OUTPUT, show_default=False)]
 Time = Annotated[
-    Literal["each", "one"] | None,
+    TimeMode | None,
     typer.Option("--time", help="4-D moving image: a transform for each time point, or one for all.", rich_help_panel=METHOD, show_default=False),
 ]
 Qc = Annotated[bool | None, typer.Option("--qc/--no-qc", help="Write the quality page.", rich_help_panel=OUTPUT, show_default=False)]

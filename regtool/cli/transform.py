@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from regtool.cli.console import emit, logs
 from regtool.cli.options import OUTPUT, Json, Overwrite, Quiet, Verbose
+from regtool.config.choices import SourceFormat, TargetFormat
 
 app = typer.Typer(help="Invert, compose, convert and inspect transforms.", no_args_is_help=True)
 
@@ -107,10 +108,10 @@ def convert(
         typer.Option("--like", metavar="FIXED", help="The fixed image: the grid of a displacement field, where IN has none.", show_default=False),
     ] = None,
     source_format: Annotated[
-        Literal["auto", "learn2reg"], typer.Option("--from", help="`learn2reg`: a NIfTI of X,Y[,Z],D voxel displacements; needs --like.")
+        SourceFormat, typer.Option("--from", help="`learn2reg`: a NIfTI of X,Y[,Z],D voxel displacements; needs --like.")
     ] = "auto",
     target_format: Annotated[
-        Literal["auto", "learn2reg", "transformix", "ants"],
+        TargetFormat,
         typer.Option("--to", help="`ants`: OUT1Warp.nii.gz and OUT0GenericAffine.mat; `transformix`: a parameter file and its field."),
     ] = "auto",
     overwrite: Overwrite = False,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from regtool.cli.console import emit, logs
 from regtool.cli.options import OUTPUT, Device, FixHeader, Json, Overwrite, Quiet, Threads, Verbose
+from regtool.config.choices import Interpolation, PointOrigin, PointSpace
 
 Transforms = Annotated[
     list[Path],
@@ -41,7 +42,7 @@ def warp(
         ),
     ] = None,
     interpolation: Annotated[
-        Literal["linear", "nearest", "label", "bspline"],
+        Interpolation,
         typer.Option("--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`."),
     ] = "linear",
     outside: Annotated[
@@ -49,12 +50,10 @@ def warp(
         typer.Option("--outside", help="Value beyond the moving image. Left out: its minimum; 0 for label maps.", show_default=False),
     ] = None,
     start: Annotated[
-        Literal["fixed", "moving"],
+        PointOrigin,
         typer.Option("--from", help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse."),
     ] = "fixed",
-    space: Annotated[
-        Literal["lps", "ras", "voxel"], typer.Option("--space", help="Points: what the numbers are, where the file does not say itself.")
-    ] = "lps",
+    space: Annotated[PointSpace, typer.Option("--space", help="Points: what the numbers are, where the file does not say itself.")] = "lps",
     output_like: Annotated[
         Path | None,
         typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
+from regtool.config.choices import Alignment, similarities
 from regtool.config.section import ByDimension, Section, number
+from regtool.errors import did_you_mean
 
-MetricName = Literal["lncc", "ncc", "mse", "mi", "mind", "ngf", "lg"]
+
+def _known_similarity(name: str) -> str:
+    """The name in lower case. ValueError with the nearest one for an unknown name."""
+    if name.lower() not in similarities():
+        raise ValueError(f"expected one of {', '.join(similarities())}; {did_you_mean(name, similarities())}")
+    return name.lower()
+
+
+def _known_metric(name: str) -> str:
+    return "auto" if name.lower() == "auto" else _known_similarity(name)
+
+
+MetricName = Annotated[str, AfterValidator(_known_similarity)]
+MetricNameOrAuto = Annotated[str, AfterValidator(_known_metric)]
 
 # The images on which the tuned numbers were chosen. What was tried is told in docs/development/experiments.md.
 PAIRS = "heads, brain slices, hearts, hippocampi, lungs, prostates, chest X-rays, digits"
@@ -34,11 +49,10 @@ class SimilarityMetric(Section):
 class Metric(SimilarityMetric):
     """What a good match is: what acceptance compares, refining raises and the report states."""
 
-    name: Literal["auto", MetricName] = Field(
+    name: MetricNameOrAuto = Field(
         "auto",
-        description="within one modality lncc (squared local correlation), ncc (global correlation), mse (minus the mean squared error); across "
-        "modalities mi (mutual information), mind (self-similarity), ngf (directions of gradients), lg (local gradients); auto: lncc or mi, as the "
-        "intensities of the aligned images relate",
+        description=f"a similarity ({', '.join(similarities())}), see docs/algorithm.md; auto: lncc or mi, as the intensities of the "
+        "aligned images relate",
     )
     channel_weights: tuple[float, ...] | None = Field(
         None, description="share of each channel of images that have several, 0 leaves one out, for example [1, 0.5]; left out: all alike"
@@ -55,7 +69,7 @@ class Metric(SimilarityMetric):
 class Align(Section):
     """Before the network: a linear map that brings the images together."""
 
-    method: Literal["auto", "none", "center", "moments", "rigid", "affine"] = Field(
+    method: Alignment = Field(
         "auto",
         description="none; center: centre of the image on centre; moments: centre of mass on centre of mass; rigid, affine: turned and shifted, also "
         "stretched, by mutual information; auto: whichever of them is clearly better than what is simpler",
@@ -358,7 +372,7 @@ class Refine(Section):
         """Those that are left out, and what is left out of one, are as they are by default."""
         if not isinstance(value, dict):
             return value
-        known = {*get_args(MetricName), "default", "strong"}
+        known = {*similarities(), "default", "strong"}
         if unknown := sorted(value.keys() - known):
             raise ValueError(f"{unknown[0]} is no metric, default or strong")
         complete: dict[str, Any] = {**PRESETS, **value}

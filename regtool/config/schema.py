@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from regtool.config.choices import DEVICE, LARGEST_SEED, MOST_THREADS, ImageFormat, IntensityScaling, Precision, Schedule, TimeMode
 from regtool.config.registration import Align, Guard, Metric, MetricName, Modality, Oneshot, Refine, SimilarityMetric
 from regtool.config.section import Section, number
 
 FORMAT = 1
-NO_MODEL = "none"
-MOST_THREADS = 1024  # with tens of thousands the thread library aborts the process
-LARGEST_SEED = 2**63 - 1
 
 
 class Grid(Section):
@@ -44,7 +42,7 @@ class Grid(Section):
 class Preprocess(Section):
     """How intensities enter the network."""
 
-    intensity: Literal["percentile", "minmax", "none"] = Field(
+    intensity: IntensityScaling = Field(
         "percentile", description="percentile: clip to `percentiles` of each image, scale to [0, 1]; minmax: scale to [0, 1]; none: as they are"
     )
     percentiles: tuple[float, float] = Field((0.0, 99.9), description="lower and upper percentile of each image")
@@ -149,11 +147,11 @@ class Train(Section):
     learning_rate: float = Field(1e-4, gt=0, description="of Adam, at its highest")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's moments")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate; cosine: down to a hundredth at the last step")
+    schedule: Schedule = Field("constant", description="of the learning rate; cosine: down to a hundredth at the last step")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
     clip_norm: float | None = Field(None, gt=0, description="scale each update's gradient down to this norm; left out: never")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the running mean of the weights that is validated and kept; 0: the weights themselves")
-    precision: Literal["float32", "bf16"] = Field("float32", description="of the convolutions; bf16 on a GPU only")
+    precision: Precision = Field("float32", description="of the convolutions; bf16 on a GPU only")
     validation_share: float = Field(0.1, ge=0, lt=1, description="part of the pairs, or images, held out by id where no validation list is given")
     validation_pairs: int = Field(20, ge=1, description="pairs that are looked at in a validation, spread over all that there are")
     validate_every: int = Field(500, ge=1, description="steps between validations")
@@ -191,20 +189,20 @@ class Run(Section):
     passes: int = Field(
         3, ge=1, le=4, description="times that trained weights see the pair, each time as registered so far; a further pass stays only where it helps"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field("auto", pattern=f"^({DEVICE.pattern})$", description="auto, cpu, cuda, cuda:N or mps")
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")
-    precision: Literal["float32", "bf16"] = Field(
+    precision: Precision = Field(
         "float32",
         description="of a trained network's convolutions; bf16 takes a quarter of the time where the hardware has it, learning stays in float32",
     )
     max_memory_gb: float | None = Field(None, gt=0, description="coarsen the network grid to fit; left out: nine tenths of the machine's memory")
     initial_transform: str | None = Field(None, description="transform file applied before everything else")
     outside: float | None = Field(None, description="intensity outside the moving image; left out: its minimum")
-    format: Literal["nii.gz", "mha", "nrrd"] = Field("nii.gz", description="of the images written")
+    format: ImageFormat = Field("nii.gz", description="of the images written")
     inverse: bool = Field(False, description="write the inverse displacement too")
     qc: bool = Field(True, description="write qc.html and qc.png")
-    time: Literal["each", "one"] = Field("each", description="4-D moving image: a transform for each time point, or one for all from the mean")
+    time: TimeMode = Field("each", description="4-D moving image: a transform for each time point, or one for all from the mean")
 
 
 class Parameters(Section):

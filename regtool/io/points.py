@@ -12,17 +12,17 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from regtool.config.choices import PointSpace as Space
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.images import Landmarks
 from regtool.io.files import atomic, require_file
 from regtool.io.meshes import PointFile, read_stl, read_vtk, vtk_text
 
-Space = Literal["lps", "ras", "voxel"]
 SUFFIXES = (".csv", ".tsv", ".txt", ".pts", ".fcsv", ".json", ".vtk", ".stl")
 COORDINATES = ("x", "y", "z")
 NAME_COLUMNS = ("label", "name", "id")

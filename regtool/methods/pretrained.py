@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from regtool.config.schema import NO_MODEL, Parameters
+from regtool.config.choices import NO_MODEL
+from regtool.config.schema import Parameters
 from regtool.io.files import sha256
 from regtool.io.models import find_model, read_card
 from regtool.methods import build

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regtool.config.choices import NO_MODEL
 from regtool.config.resolve import MODEL_SECTIONS
-from regtool.config.schema import NO_MODEL, Parameters
+from regtool.config.schema import Parameters
 from regtool.config.section import Section
 from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import bundled_model, find_model, is_bundled, read_card

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from regtool.config.choices import NO_MODEL
 from regtool.config.resolve import MODEL_SECTIONS
-from regtool.config.schema import NO_MODEL, Parameters
 from regtool.config.schema import Grid as GridParameters
+from regtool.config.schema import Parameters
 from regtool.errors import OutOfMemory
 from regtool.geometry.grid import Grid
 from regtool.methods import build
@@ -21,6 +22,7 @@ from regtool.methods.base import Engine
 from regtool.preprocessing.foreground import RelativeBox, grid_for_box
 from regtool.preprocessing.resolution import network_grid, prepared_voxels
 from regtool.registration.refinement import finest_metric
+from regtool.similarity import SIMILARITIES
 
 log = logging.getLogger("regtool")
 LIMIT_SHARE = 0.8  # of a limit that predictions may fill: they were within a quarter of what whole commands took, and a limit is to be kept
@@ -32,15 +34,6 @@ PROBE = {2: 64, 3: 32}  # voxels along an axis, by dimensions, of the largest im
 NETWORK = 10  # volumes beside its layers: both images, the field, its repair
 STANDING = 20  # volumes that a network and its field take at least
 FIELD = 11  # volumes a component of the field, while it is refined: itself, gradients, Adam's moments, the smoothed one, the points it leads to
-REFINEMENT_VOLUMES = {
-    "lncc": 18,
-    "mi": 9,
-    "mind": 22,
-    "ngf": 30,
-    "lg": 35,
-    "ncc": 11,
-    "mse": 9,
-}  # volumes of the finest level, with the gradient, as RAISED
 
 
 def activation_bytes(parameters: Parameters, shape: tuple[int, ...], training: bool) -> int:
@@ -232,7 +225,7 @@ def _too_little(limit: int, need: int) -> OutOfMemory:
 
 def _refining(grid: Grid, parameters: Parameters, channels: int) -> int:
     asked = ("lncc", "mi") if parameters.metric.name == "auto" else (parameters.metric.name,)  # what it may become
-    most = max(REFINEMENT_VOLUMES[finest_metric(name, parameters.refine, grid.ndim)] for name in asked)
+    most = max(SIMILARITIES[finest_metric(name, parameters.refine, grid.ndim)].volumes for name in asked)
     slopes = grid.ndim * channels  # of the warped image
     return LEARNING + 4 * grid.voxels * (FIELD * grid.ndim + slopes + most * channels)
 

@@ -34,6 +34,7 @@ from regtool.registration.refinement import refine
 from regtool.registration.selection import decide_to_deform, restrict_to_overlap, select_similarity
 from regtool.registration.state import Candidate, RegistrationState, accept_if_improved
 from regtool.runtime import Clock, memory_limit_bytes, seeded
+from regtool.similarity import SIMILARITIES
 
 log = logging.getLogger("regtool")
 
@@ -110,7 +111,11 @@ def prepare_pair(fixed: Image, moving: Image, setup: Setup, annotations: Annotat
     parameters = setup.parameters
     target, source, weights = select_channels(fixed, moving, parameters.preprocess, parameters.metric.channel_weights)
     check_pair(target, source)
-    in_block = parameters.refine.iterations > 0 and parameters.metric.name in ("auto", "lncc") and not parameters.refine.symmetric
+    in_block = (
+        parameters.refine.iterations > 0
+        and (parameters.metric.name == "auto" or SIMILARITIES[parameters.metric.name].windowed)
+        and not parameters.refine.symmetric
+    )
     shown = foreground_box(target, annotations.fixed_mask) if in_block else ()
     size = PairSize(
         fixed=fixed.grid,
@@ -192,7 +197,7 @@ def refine_pair(
     parameters = setup.parameters.refine
     if parameters.symmetric:
         aligned, start = state.transform, None  # the velocity is that of what is still to be moved, and both images count alike
-    elif pair.metric.name == "lncc":
+    elif SIMILARITIES[pair.metric.name].windowed:
         grid, cut = grid_for_box(pair.fixed.grid, intersect_boxes(shown, pair.compared), grid.voxels)
     inside = grid.cut(cut)
     u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(setup.device)

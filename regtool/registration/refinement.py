@@ -25,7 +25,7 @@ from regtool.geometry.images import Image
 from regtool.geometry.sampling import linearised, resample, resize_voxels, warp_voxels
 from regtool.preprocessing.batch import Batch, Points
 from regtool.preprocessing.resolution import antialiased
-from regtool.similarity import REFINEMENT_OBJECTIVES, similarity
+from regtool.similarity import similarity
 from regtool.similarity.means import total
 from regtool.similarity.regularization import diffusion
 from regtool.similarity.supervision import landmark_distance, soft_dice
@@ -198,7 +198,7 @@ class _Level:
     def _data_terms(self, pair: Batch, u: torch.Tensor, view: View, share: float) -> torch.Tensor:
         """Minus the similarity, and what labels and landmarks say."""
         parameters = self.parameters
-        loss = -share * similarity(pair.fixed, view.warped(u), self.metric, view.weight, REFINEMENT_OBJECTIVES)
+        loss = -share * similarity(pair.fixed, view.warped(u), self.metric, view.weight, objective=True)
         if pair.fixed_labels is not None and pair.moving_labels is not None and parameters.dice > 0:
             loss = loss + parameters.dice * (1 - soft_dice(pair.fixed_labels, pair.moving_labels, u))
         if any(p is not None for p in pair.fixed_points) and parameters.landmarks > 0:

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from regtool.report.content import LandmarkErrors, PageContent
 from regtool.report.figures import qc_png
 from regtool.report.volumes import viewer
+from regtool.similarity import SIMILARITIES
 
 __all__ = ["qc_html", "qc_png"]
 
@@ -36,7 +37,6 @@ NAMES = {
     "nmse": "normalised mean squared error",
 }
 UNITS = {"_mm": " mm", "_percent": " %", "_mb": " MB"}
-ACROSS_MODALITIES = ("mi", "mind", "ngf", "lg")
 CURVE = 560, 150  # pixels of the loss curve
 
 
@@ -61,7 +61,7 @@ def qc_html(content: PageContent) -> str:
             warnings=report.get("warnings") or [],
             viewer=volumes,
             coarsened=volumes["size"] != volumes["native"],
-            across=(report.get("similarity") or {}).get("name") in ACROSS_MODALITIES,
+            across=_across_modalities((report.get("similarity") or {}).get("name")),
             comparison=_comparison(report),
             per_label=_per_label(report),
             deformation=_deformation(report),
@@ -76,6 +76,11 @@ def qc_html(content: PageContent) -> str:
 
 
 @cache
+def _across_modalities(name: str | None) -> bool:
+    """Whether the similarity is one for two modalities: then a difference image would mislead."""
+    return name is not None and name in SIMILARITIES and SIMILARITIES[name].across_modalities
+
+
 def environment() -> Environment:
     """Templates of this package; every text is escaped."""
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(TEMPLATE))

@@ -1,49 +1,51 @@
-"""Losses by the names they have in the parameter file: similarities (higher is better) and regularities (lower is smoother)."""
+"""How images are compared, and how smooth fields are. One file here that declares a `SIMILARITY` is one similarity; nothing has to be registered.
+
+Similarities are higher where images are more alike; regularizations are lower where a field is smoother.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from regtool.config.choices import similarities
 from regtool.config.registration import Metric
-from regtool.similarity.lg import lg
-from regtool.similarity.lncc import lncc
-from regtool.similarity.mi import mi
-from regtool.similarity.mind import mind
-from regtool.similarity.mse import mse
-from regtool.similarity.ncc import ncc
-from regtool.similarity.ngf import ngf
+from regtool.similarity.record import Similarity
 from regtool.similarity.regularization import bending, diffusion, folding, l2, tv
 
-Similarities = dict[str, Callable[..., torch.Tensor]]
-# (fixed, warped, the section of the parameter file, weight or None) -> scalar, not yet multiplied by the section's weight
-SIMILARITIES: Similarities = {
-    "lncc": lambda fixed, warped, metric, weight=None, information=False: lncc(fixed, warped, weight, metric.window or 9, information),
-    "ncc": lambda fixed, warped, metric, weight=None: ncc(fixed, warped, weight),  # noqa: ARG005
-    "mse": lambda fixed, warped, metric, weight=None: mse(fixed, warped, weight),  # noqa: ARG005
-    "mi": lambda fixed, warped, metric, weight=None: mi(fixed, warped, weight, metric.bins),
-    "mind": lambda fixed, warped, metric, weight=None: mind(fixed, warped, weight),  # noqa: ARG005
-    "ngf": lambda fixed, warped, metric, weight=None: ngf(fixed, warped, weight),  # noqa: ARG005
-    "lg": lambda fixed, warped, metric, weight=None: lg(fixed, warped, weight, metric.window or 7),
-}
-# what refining raises for the sake of one: more where windows match well, and where the whole image has its strongest edges
-REFINEMENT_OBJECTIVES: Similarities = SIMILARITIES | {
-    "lncc": lambda fixed, warped, metric, weight=None: (
-        SIMILARITIES["lncc"](fixed, warped, metric, weight, information=True) + SIMILARITIES["ncc"](fixed, warped, metric, weight)
-    )
-}
+
+class _Similarities(Mapping[str, Similarity]):
+    """By the names they have in the parameter file."""
+
+    def __getitem__(self, name: str) -> Similarity:
+        if name not in similarities():
+            raise KeyError(name)
+        found: Similarity = importlib.import_module(f"{__name__}.{name}").SIMILARITY
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(similarities())
+
+    def __len__(self) -> int:
+        return len(similarities())
+
+
+SIMILARITIES: Mapping[str, Similarity] = _Similarities()
 REGULARIZATIONS: dict[str, Callable[..., torch.Tensor]] = {"diffusion": diffusion, "bending": bending, "tv": tv, "l2": l2, "folding": folding}
 
 
 def similarity(
-    fixed: torch.Tensor, warped: torch.Tensor, metric: Metric, weight: torch.Tensor | None = None, among: Similarities = SIMILARITIES
+    fixed: torch.Tensor, warped: torch.Tensor, metric: Metric, weight: torch.Tensor | None = None, *, objective: bool = False
 ) -> torch.Tensor:
     """That of `metric.name`, of every channel by itself, and then their mean by `metric.channel_weights`; a scalar, higher is better.
 
-    fixed, warped: (N, C, *shape); weight: (N, 1, *shape) >= 0, where similarity counts. One channel has no weight beside another.
+    fixed, warped: (N, C, *shape); weight: (N, 1, *shape) >= 0, where similarity counts. One channel has no weight beside another. objective: what
+    refining raises for the sake of the similarity, instead of itself.
     """
-    one, channels = among[metric.name], fixed.shape[1]
+    record, channels = SIMILARITIES[metric.name], fixed.shape[1]
+    one = record.refinement_objective if objective else record
     if channels == 1:
         return one(fixed, warped, metric, weight)
     shares = metric.channel_weights or (1.0,) * channels

@@ -1,4 +1,4 @@
-"""The local gradient loss of Deform-GAN (Zhang 2020)."""
+"""Local gradients, for two modalities (Zhang 2020, the loss of Deform-GAN)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from regtool.similarity.means import at_least_float32, share, total
 from regtool.similarity.ngf import _backward, _inner
+from regtool.similarity.record import Similarity
 from regtool.similarity.window import window_sum
 
 LG_EPSILON = 1.0  # of Zhang 2020, under the root, beside the squared SUM of the gradients over a window
@@ -24,3 +25,8 @@ def lg(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = 
     lengths = ((f * f).sum(0) + LG_EPSILON).sqrt() * ((w * w).sum(0) + LG_EPSILON).sqrt()
     agreement = (f * w).sum(0).abs() / lengths
     return total(agreement * share(agreement, None if weight is None else _inner(weight)))
+
+
+SIMILARITY = Similarity(
+    metric=lambda fixed, warped, section, weight: lg(fixed, warped, weight, section.window or 7), volumes=35, across_modalities=True
+)

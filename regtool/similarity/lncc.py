@@ -1,4 +1,4 @@
-"""Squared local normalized cross-correlation."""
+"""Squared local correlation, for images of one modality (windows of 9 voxels)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from regtool.similarity.means import accumulator, at_least_float32, share, total
+from regtool.similarity.means import EPSILON, accumulator, at_least_float32, share, total
+from regtool.similarity.ncc import ncc
+from regtool.similarity.record import Similarity
 from regtool.similarity.window import chunks, window_count, window_sum
 
 MATCH = 0.95  # share of a window's variance that the best match explains: what bounds the information of a window
-EPSILON = 1e-5  # smallest variance a voxel that counts, for intensities in [0, 1]: a standard deviation of 0.003
 
 
 def lncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None, window: int = 9, information: bool = False) -> torch.Tensor:
@@ -128,3 +129,12 @@ def _third_pass(
         for gradient, (own, other), bend, rest in zip(out, pairs, parts[0::2], parts[1::2], strict=True):
             gradient[:, z] = slope * other + bend * own - rest
     return out
+
+
+SIMILARITY = Similarity(
+    metric=lambda fixed, warped, section, weight: lncc(fixed, warped, weight, section.window or 9),
+    # more where windows match well, and where the whole image has its strongest edges
+    objective=lambda fixed, warped, section, weight: lncc(fixed, warped, weight, section.window or 9, information=True) + ncc(fixed, warped, weight),
+    volumes=18,
+    windowed=True,
+)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+EPSILON = 1e-5  # smallest variance a voxel that counts, for intensities in [0, 1]: a standard deviation of 0.003
+
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """The same in float32, or in float64 if it is."""

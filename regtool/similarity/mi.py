@@ -1,4 +1,4 @@
-"""Mutual information: how much the intensities of one image tell about those of the other, whatever the contrast."""
+"""Mutual information, for two modalities: what the intensities of one image tell about those of the other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from regtool.similarity.means import accumulator, at_least_float32, share_of_each
+from regtool.similarity.record import Similarity
 from regtool.similarity.window import chunks
 
 EMPTY = 1e-20  # added to a probability before its logarithm
@@ -85,3 +86,6 @@ class _JointHistogram(torch.autograd.Function):
                 if gradient is not None:
                     gradient[z] = torch.lerp(slope[at], slope[at + step], way) * part[z] * scale[1]
         return (*out, None, None, None)
+
+
+SIMILARITY = Similarity(metric=lambda fixed, warped, section, weight: mi(fixed, warped, weight, section.bins), volumes=9, across_modalities=True)

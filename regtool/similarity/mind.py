@@ -1,4 +1,4 @@
-"""Self-similarity: what the surroundings of a voxel look like from it, in numbers that do not depend on the contrast (Heinrich 2013)."""
+"""Self-similarity, for two modalities: what the surroundings of a voxel look like from it (Heinrich 2013)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from regtool.similarity.means import accumulator, at_least_float32, share
+from regtool.similarity.record import Similarity
 from regtool.similarity.window import chunks, sliding_sum
 
 RADIUS = 1  # of the patches
@@ -204,3 +205,6 @@ def _to_distances(slope: torch.Tensor, excess: torch.Tensor, variance: torch.Ten
     of_least = (slope.sum(dim=0) + of_variance) / least.sum(dim=0)
     slope += of_variance / len(slope)
     return slope.sub_(least.mul_(of_least))
+
+
+SIMILARITY = Similarity(metric=lambda fixed, warped, _, weight: mind(fixed, warped, weight), volumes=22, across_modalities=True)

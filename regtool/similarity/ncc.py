@@ -1,11 +1,11 @@
-"""Global normalized cross-correlation."""
+"""Global correlation, for images of one modality."""
 
 from __future__ import annotations
 
 import torch
 
-from regtool.similarity.lncc import EPSILON
-from regtool.similarity.means import at_least_float32, share_of_each, total
+from regtool.similarity.means import EPSILON, at_least_float32, share_of_each, total
+from regtool.similarity.record import Similarity
 
 
 def ncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -18,3 +18,6 @@ def ncc(fixed: torch.Tensor, warped: torch.Tensor, weight: torch.Tensor | None =
     covariance = total(part * a * b, axes)
     variances = total(part * a * a, axes) * total(part * b * b, axes)
     return (covariance / (variances + EPSILON**2).sqrt()).mean()
+
+
+SIMILARITY = Similarity(metric=lambda fixed, warped, _, weight: ncc(fixed, warped, weight), volumes=11)

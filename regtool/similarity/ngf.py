@@ -1,10 +1,11 @@
-"""Normalized gradient fields (Haber and Modersitzki 2006): do edges point along the same line?"""
+"""Directions of gradients, for two modalities (Haber and Modersitzki 2006)."""
 
 from __future__ import annotations
 
 import torch
 
 from regtool.similarity.means import at_least_float32, share, share_of_each, total
+from regtool.similarity.record import Similarity
 
 FAINTEST = 1e-5  # gradient, an intensity a voxel, below which nothing is an edge
 
@@ -54,3 +55,6 @@ def _inner(x: torch.Tensor, leave: int | None = None) -> torch.Tensor:
         if axis != leave and x.shape[axis] > 1:
             x = x.narrow(axis, 1, x.shape[axis] - 1)
     return x
+
+
+SIMILARITY = Similarity(metric=lambda fixed, warped, _, weight: ngf(fixed, warped, weight), volumes=30, across_modalities=True)

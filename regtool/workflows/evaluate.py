@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from regtool.config.choices import Protocol
 from regtool.errors import InputError, RegtoolError, UsageError
 from regtool.evaluation.field import field_scores, inverse_consistency
 from regtool.evaluation.intensity import intensity_agreement, nmse
@@ -37,7 +38,6 @@ from regtool.workflows.warp import read_transforms
 
 log = logging.getLogger("regtool")
 
-Protocol = Literal["regtool", "learn2reg"]
 PairCallback = Callable[[str, int, int], None]  # what, how many are done, of how many
 COLUMNS = ("id", "run", "metric", "value")
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regtool.config.schema import NO_MODEL, Parameters, Run
+from regtool.config.choices import NO_MODEL
+from regtool.config.schema import Parameters, Run
 from regtool.errors import InputError, UsageError
 from regtool.io.files import sha256
 from regtool.io.pairs import read_list

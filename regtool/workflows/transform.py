@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from regtool.config.choices import SourceFormat, TargetFormat
 from regtool.errors import InputError, UsageError
 from regtool.geometry.grid import Grid
 from regtool.geometry.inversion import Residual, invert
@@ -26,9 +27,6 @@ from regtool.io.transforms import (
     write_transformix_pair,
 )
 from regtool.workflows.warp import read_transforms
-
-SourceFormat = Literal["auto", "learn2reg"]
-TargetFormat = Literal["auto", "learn2reg", "transformix", "ants"]
 
 
 @dataclass(frozen=True)

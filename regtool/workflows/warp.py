@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
+from regtool.config.choices import Interpolation, PointOrigin, PointSpace
 from regtool.errors import GeometryError, InputError, UsageError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.images import Labels
@@ -21,13 +21,12 @@ from regtool.geometry.sampling import transform_points, warp, warp_labels
 from regtool.geometry.transforms import Transform, chained
 from regtool.io.files import refuse_existing
 from regtool.io.images import check_writable, read_grid, read_image, read_labels, suffix_of, write_image, write_labels
-from regtool.io.points import Space, check_points_writable, map_points
+from regtool.io.points import check_points_writable, map_points
 from regtool.io.resample import warp_with
 from regtool.io.transforms import read_transform
 
 log = logging.getLogger("regtool")
 
-Interpolation = Literal["linear", "nearest", "label", "bspline"]
 FAR_MM = 0.1  # an inverse that misses by more than this is worth a warning
 
 
@@ -93,8 +92,8 @@ def warp_points(
     transforms: Sequence[Path],
     output: Path,
     *,
-    origin: Literal["fixed", "moving"] = "fixed",
-    space: Space = "lps",
+    origin: PointOrigin = "fixed",
+    space: PointSpace = "lps",
     like: Path | None = None,
     output_like: Path | None = None,
     overwrite: bool = False,

@@ -604,7 +604,7 @@ OPTIONS = [
     Case("unknown option", f"{PAIR} --overwite", 2, "No such option: --overwite .*--overwrite", "regtool register --help"),
     Case("option without value", "register KIT/fixed.nii.gz KIT/moving.nii.gz --set", 2, "'--set' requires an argument", "--help"),
     Case("unknown choice", f"{PAIR} --align foo", 2, "'--align': 'foo' is not one of .*'moments'", "--help"),
-    Case("unknown similarity", f"{PAIR} --similarity foo", 2, "'--similarity': 'foo' is not one of .*'lncc'"),
+    Case("unknown similarity", f"{PAIR} --similarity foo", 2, "--similarity foo: unknown similarity; .*lncc"),
     Case("unknown format", f"{PAIR} --format foo", 2, "'--format': 'foo' is not one of .*'mha'"),
     Case("unknown device", f"{PAIR} --device quantum", 2, "--device quantum: unknown device", "cuda:N"),
     Case("device that is not here", f"{PAIR} --device mps", 2, "device mps: there is none on this machine", "--device auto"),

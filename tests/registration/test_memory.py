@@ -18,7 +18,6 @@ from regtool.preprocessing.resolution import antialiased, prepared_voxels
 from regtool.registration import memory as planner
 from regtool.registration.memory import (
     LIMIT_SHARE,
-    REFINEMENT_VOLUMES,
     PairSize,
     Plan,
     activation_bytes,
@@ -26,6 +25,7 @@ from regtool.registration.memory import (
     largest_shape,
     training_bytes,
 )
+from regtool.similarity import SIMILARITIES
 from tests.conftest import random_grid
 
 GB = 2**30
@@ -86,7 +86,7 @@ def test_of_trained_networks_too(method: str, measured_mb: float) -> None:
     assert make_plan(BRAIN, BRAIN, parameters, False, PLENTY).peak_bytes / 2**20 == pytest.approx(measured_mb, rel=0.25)
 
 
-@pytest.mark.parametrize("name", REFINEMENT_VOLUMES)
+@pytest.mark.parametrize("name", SIMILARITIES)
 def test_a_limit_lowers_the_grid_and_is_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
     parameters = Parameters.model_validate({"metric": {"name": name}, "refine": {"max_voxels": 7_000_000}})
     limit = int(1.2 * GB)

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from regtool.config.choices import similarities
 from regtool.config.registration import Metric
 from regtool.config.schema import Regularization, TrainingSimilarity
 from regtool.similarity import REGULARIZATIONS, SIMILARITIES
@@ -44,8 +45,11 @@ def structure(ndim: int, shift: float = 0.0) -> torch.Tensor:
 
 
 def test_names_are_those_of_the_parameter_file() -> None:
-    assert set(SIMILARITIES) == set(TrainingSimilarity.model_json_schema()["properties"]["name"]["enum"])
-    assert {*SIMILARITIES, "auto"} == set(Metric.model_json_schema()["properties"]["name"]["enum"])
+    assert set(SIMILARITIES) == set(similarities())
+    for name in SIMILARITIES:
+        assert Metric(name=name.upper()).name == TrainingSimilarity(name=name).name == name
+    with pytest.raises(ValueError, match="did you mean 'lncc'"):
+        Metric(name="lnc")
     assert set(REGULARIZATIONS) == set(Regularization.model_fields)
 
 

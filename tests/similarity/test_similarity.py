@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regtool.config.registration import Metric
-from regtool.similarity import REFINEMENT_OBJECTIVES, SIMILARITIES, similarity
+from regtool.similarity import SIMILARITIES, similarity
 from regtool.similarity import window as window_module
 from regtool.similarity.lncc import EPSILON, MATCH, lncc
 from regtool.similarity.mse import mse
@@ -59,13 +59,14 @@ def test_the_information_of_lncc_is_the_naive_loop(ndim: int, chunk: int, monkey
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
 def test_what_refining_raises_has_the_right_gradient(ndim: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_module, "CHUNK", chunk)
-    assert REFINEMENT_OBJECTIVES.keys() == SIMILARITIES.keys()
     a, b = (rand(1, 2, *(4, 3, 5)[:ndim], seed=s, dtype=torch.float64).requires_grad_() for s in (1, 2))
     weight = rand(1, 1, *(4, 3, 5)[:ndim], seed=3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, y: REFINEMENT_OBJECTIVES["lncc"](x, y, Metric(window=3), weight), (a, b), fast_mode=chunk == 1)
+    assert torch.autograd.gradcheck(
+        lambda x, y: SIMILARITIES["lncc"].refinement_objective(x, y, Metric(window=3), weight), (a, b), fast_mode=chunk == 1
+    )
     a, b = a.detach(), b.detach()
     expected = lncc(a, b, weight, 3, information=True) + ncc(a, b, weight)
-    assert float(REFINEMENT_OBJECTIVES["lncc"](a, b, Metric(window=3), weight)) == pytest.approx(float(expected), abs=1e-12)
+    assert float(SIMILARITIES["lncc"].refinement_objective(a, b, Metric(window=3), weight)) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_lncc_needs_no_gradient_without_autograd() -> None:
@@ -150,7 +151,7 @@ def test_nothing_depends_on_the_number_of_threads(ndim: int, name: str) -> None:
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            value = similarity(fixed, warped, Metric(name=name), None, REFINEMENT_OBJECTIVES)  # type: ignore[arg-type]
+            value = similarity(fixed, warped, Metric(name=name), None, objective=True)  # type: ignore[arg-type]
             found.append((value.detach(), *torch.autograd.grad(value, warped)))
     finally:
         torch.set_num_threads(threads)
