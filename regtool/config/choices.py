@@ -27,8 +27,16 @@ LARGEST_SEED = 2**63 - 1
 NO_MODEL = "none"
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = {"similarity": [PACKAGE / "similarity"]}  # where the files of each kind are looked for
-MARKS = {"similarity": re.compile(r"^SIMILARITY\b", re.MULTILINE)}  # what a file of a kind declares
+FOLDERS = {"method": [PACKAGE / "methods"], "similarity": [PACKAGE / "similarity"]}  # where the files of each kind are looked for
+MARKS = {  # what a file of a kind declares
+    "method": re.compile(r"^def engine\(", re.MULTILINE),
+    "similarity": re.compile(r"^SIMILARITY\b", re.MULTILINE),
+}
+
+
+def methods() -> dict[str, str]:
+    """The names of all methods, each with the first line of its file. Nothing is imported: a file with an `engine()` is one."""
+    return dict(_declared("method", tuple(FOLDERS["method"])))
 
 
 def similarities() -> dict[str, str]:

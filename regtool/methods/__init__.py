@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from regtool.config.choices import methods
 from regtool.config.resolve import load as load_parameters
 from regtool.config.resolve import validated
 from regtool.config.schema import Parameters
@@ -27,18 +27,16 @@ from regtool.errors import ParameterError, RegtoolError, UsageError, did_you_mea
 if TYPE_CHECKING:
     from regtool.methods.base import Engine
 
-FOLDER = Path(__file__).parent
-IS_METHOD = re.compile(r"^def engine\(", re.MULTILINE)
-
 
 def names() -> list[str]:
     """All methods, sorted."""
-    return sorted(file.stem for file in FOLDER.glob("*.py") if IS_METHOD.search(file.read_text(encoding="utf-8")))
+    return sorted(methods())
 
 
 def summary(name: str) -> str:
     """First line of the method's docstring. UsageError for an unknown name."""
-    return (_module(name).__doc__ or "").partition("\n")[0]
+    _module(name)
+    return methods()[name]
 
 
 def parameters_of(name: str) -> type[Section]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from regtool import methods as engines
+from regtool.config import choices
 from regtool.config.schema import Parameters
 from regtool.deformation.velocity import velocity
 from regtool.errors import ModelError, ParameterError, UsageError
@@ -148,9 +149,9 @@ def test_listing_methods_imports_no_torch() -> None:
 
 
 def test_a_new_method_is_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = (engines.FOLDER / "voxelmorph.py").read_text(encoding="utf-8").replace('"""VoxelMorph: a', '"""Mine: a', 1)
+    text = (Path(engines.__file__).parent / "voxelmorph.py").read_text(encoding="utf-8").replace('"""VoxelMorph: a', '"""Mine: a', 1)
     (tmp_path / "zzz_mine.py").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(engines, "FOLDER", tmp_path)
+    monkeypatch.setitem(choices.FOLDERS, "method", [tmp_path])
     monkeypatch.setattr(engines, "__path__", [str(tmp_path), *engines.__path__])
     assert engines.names() == ["zzz_mine"]
     assert engines.summary("zzz_mine").startswith("Mine: a")

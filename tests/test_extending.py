@@ -1,0 +1,141 @@
+"""The examples of docs/extending.md, put into place and used as a user would."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+import regtool
+from regtool import methods, similarity
+from regtool.cli.app import main
+from regtool.config import choices
+from regtool.config.schema import Parameters
+from regtool.geometry.grid import Grid
+from regtool.registration.memory import PairSize, make_plan, training_bytes
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+
+
+def example(name: str) -> str:
+    """The code block that comes after the first mention of `name`."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.search(rf"`{re.escape(name)}`:\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None, name
+    return found.group(1)
+
+
+@pytest.fixture
+def ssim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The similarity's file beside those of the package."""
+    (tmp_path / "similarity").mkdir()
+    (tmp_path / "similarity" / "ssim.py").write_text(example("ssim.py"), encoding="utf-8")
+    monkeypatch.setitem(choices.FOLDERS, "similarity", [*choices.FOLDERS["similarity"], tmp_path / "similarity"])
+    monkeypatch.setattr(similarity, "__path__", [*similarity.__path__, str(tmp_path / "similarity")])
+
+
+@pytest.fixture
+def twoscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method's file beside those of the package."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "twoscale.py").write_text(example("twoscale.py"), encoding="utf-8")
+    monkeypatch.setitem(choices.FOLDERS, "method", [*choices.FOLDERS["method"], tmp_path / "methods"])
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "methods")])
+
+
+def blobs(shift: float, ndim: int = 2) -> sitk.Image:
+    """Two of them, side by side."""
+    size = [40] * ndim
+    sources = [sitk.GaussianSource(sitk.sitkFloat32, size, [w] * ndim, [x + shift] + [20] * (ndim - 1), 100.0) for x, w in ((14, 4), (25, 6))]
+    return sources[0] + sources[1]
+
+
+@pytest.mark.usefixtures("ssim")
+def test_a_similarity_registers(ndim: int) -> None:
+    quick = {"run.qc": False, "run.model": "none", "align.method": "none", "refine.iterations": 30, "run.threads": 1}
+    found = regtool.register(blobs(0, ndim), blobs(2, ndim), settings={**quick, "metric.name": "ssim"})
+    report = found.report["similarity"]
+    assert report["name"] == "ssim" and report["after"] > report["before"] + 0.01
+    u = sitk.GetArrayFromImage(found.displacement)[(slice(15, 25),) * ndim]
+    assert abs(float(u[..., 0].mean()) - 2) < 0.7
+
+
+@pytest.mark.usefixtures("ssim")
+def test_a_similarity_is_that_of_its_paper() -> None:
+    """An image itself has 1; one window by hand, Wang 2004, equation 13."""
+    x, y = torch.rand(2, 1, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    section = Parameters(metric={"name": "ssim", "window": 3}).metric
+    assert float(similarity.SIMILARITIES["ssim"](x, x, section)) == pytest.approx(1)
+    a, b = x.numpy().ravel().astype(float), y.numpy().ravel().astype(float)
+    covariance = np.mean(a * b) - a.mean() * b.mean()
+    expected = (2 * a.mean() * b.mean() + 1e-4) * (2 * covariance + 9e-4)
+    expected /= (a.mean() ** 2 + b.mean() ** 2 + 1e-4) * (a.var() + b.var() + 9e-4)
+    only_centre = torch.zeros(1, 1, 3, 3)
+    only_centre[..., 1, 1] = 1
+    assert float(similarity.SIMILARITIES["ssim"](x, y, section, only_centre)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.usefixtures("ssim")
+def test_a_similarity_is_planned_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    grid = Grid.regular((64, 64, 64))
+    peaks = [
+        make_plan(PairSize(fixed=grid, moving=grid), Parameters(metric={"name": name}), False, 64 * 2**30).peak_bytes for name in ("mse", "ssim")
+    ]
+    assert peaks[1] > peaks[0]
+    assert choices.similarities()["ssim"].startswith("Structural similarity")
+
+
+@pytest.mark.usefixtures("ssim")
+def test_a_network_learns_from_a_similarity(tmp_path: Path) -> None:
+    for k in range(3):
+        sitk.WriteImage(blobs(k), str(tmp_path / f"{k}.nii.gz"))
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["train", str(tmp_path), "-m", "voxelmorph", "--steps", "2", "--threads", "1", "-q", "-o", str(tmp_path / "run"), "--set",
+             "training_similarity.name=ssim", "--set", "align.method=none", "--set", "engine.variant=vm1"]
+        )  # fmt: skip
+    assert ended.value.code in (0, None)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("twoscale")
+def test_a_method_trains_and_registers(tmp_path: Path) -> None:
+    for k in range(3):
+        sitk.WriteImage(blobs(k), str(tmp_path / f"{k}.nii.gz"))
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "train",
+                str(tmp_path),
+                "-m",
+                "twoscale",
+                "--steps",
+                "3",
+                "--threads",
+                "1",
+                "-q",
+                "-o",
+                str(tmp_path / "run"),
+                "--set",
+                "align.method=none",
+            ]
+        )
+    assert ended.value.code in (0, None)
+    settings = {"run.qc": False, "refine.iterations": 0, "align.method": "none", "run.threads": 1}
+    found = regtool.register(blobs(0), blobs(1), model=tmp_path / "run" / "model.safetensors", settings=settings)
+    assert found.report["method"] == "twoscale"
+    assert sitk.GetArrayFromImage(found.displacement).shape == (40, 40, 2)
+
+
+@pytest.mark.usefixtures("twoscale")
+def test_a_method_has_defaults_help_and_a_plan(ndim: int) -> None:
+    assert "twoscale" in methods.names() and methods.summary("twoscale").startswith("Two scales")
+    parameters = methods.read_parameters(None, ("method=twoscale",))
+    assert (parameters.train.steps, parameters.training_similarity.name) == (200, "ncc")
+    assert methods.parameters_of("twoscale")().model_dump() == {"widths": (8, 16)}
+    small, large = (training_bytes(parameters, (n,) * ndim) for n in (16, 48))
+    assert large > small
