@@ -147,7 +147,7 @@ def warp(image: Image, transform: Transform, grid: Grid, outside: float | None =
     device = device or image.data.device
     data = image.data.to(device=device, dtype=_float(device))
     several = outside is None and image.time is None and len(data) > 1
-    value = data.flatten(1).amin(dim=1, keepdim=True) if several else image.minimum if outside is None else outside
+    value = data.flatten(1).amin(dim=1, keepdim=True) if several else data.amin() if outside is None else outside
     out = torch.empty(image.data.shape[0], grid.voxels, device=image.data.device)
     for part, index in moving_indices(image.grid, transform, grid, device):
         values = sample(data, index)
