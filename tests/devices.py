@@ -6,7 +6,7 @@ refused (a CPU tensor without axes may take part), so is `.numpy()`, and a gener
 and device and waits for the device are noted, with the function of regtool that caused them.
 
 torch's FakeTensorMode refuses the same (tests/test_gpu_paths.py compares both), but its tensors have no values, so that most of a registration,
-which looks at them, cannot run.
+which looks at them, cannot run, and their gradients on a GPU end the process where torch is built without CUDA.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _place() -> str:
     """The function of regtool at work."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE):
+        if frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name != "to":  # who asks for it
             return f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{frame.f_code.co_qualname.split('.<locals>')[0]}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
@@ -95,12 +95,8 @@ class _Move(torch.autograd.Function):
         return ctx.mode.copied(gradient, not ctx.cuda), None, None
 
 
-# operations that take indices, or the source of a copy, from the host too
+# what may go from one device to the other
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default}
-INDEXING = {
-    getattr(torch.ops.aten, name).default if name != "index" else torch.ops.aten.index.Tensor
-    for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
-}
 WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "is_nonzero", "bincount"}
 NO_INTEGERS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "grid_sampler_2d", "grid_sampler_3d", "upsample_bilinear2d", "upsample_trilinear3d"}
 
@@ -118,7 +114,10 @@ class _Dispatch(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # gradients are computed with both modes on, and the device that is asked for here is the real one
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         inputs = [x for x in _tensors([args, kwargs]) if x.device.type == "cpu"]
         here = [on_cuda(x) for x in inputs]
         name = func._schema.name.split("::")[1]
@@ -138,8 +137,6 @@ class _Dispatch(TorchDispatchMode):
         """Notes what is copied, or refuses."""
         if func in COPIES:
             self.mode.note("to_device" if on_cuda(next(_tensors(args[0]))) else "to_host", sum(x.nbytes for x in _tensors(args[1])))
-        elif func in INDEXING and on_cuda(args[0]) and all(x.dim() == 0 or on_cuda(x) for x in _tensors(args[2:3])):
-            self.mode.note("to_device", sum(x.nbytes for x in _tensors(args[1]) if not on_cuda(x)))
         else:
             found = ", ".join(f"{tuple(x.shape)} on {'cuda:0' if there else 'cpu'}" for x, there in zip(inputs, here, strict=True))
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {found}")
