@@ -15,7 +15,7 @@ import collections
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 PACKAGE = str(Path(__file__).resolve().parents[1] / "regtool")
 CUDA = torch.device("cuda", 0)
 Tensor = torch.Tensor
+_NESTED = (list, tuple, dict)
 _claims: dict[int, StorageWeakRef] = {}  # what outlives a test in a cache of regtool's is still claimed in the next
 _real_generator = torch.Generator
 _generators: dict[int, torch.Generator] = {}
@@ -49,23 +50,24 @@ def on_cuda(x: Tensor) -> bool:
 
 def _claim(out: Any, cuda: bool) -> Any:
     for x in _tensors(out):
-        if x.device.type == "cpu":
-            key = x.untyped_storage()._cdata
+        if x.device.type == "cpu" and on_cuda(x) != cuda:
+            storage = x.untyped_storage()
             if cuda:
-                _claims[key] = StorageWeakRef(x.untyped_storage())
+                _claims[storage._cdata] = StorageWeakRef(storage)
             else:
-                _claims.pop(key, None)
+                del _claims[storage._cdata]
     return out
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
+    """All in it."""
+    found = [] if found is None else found
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        found.append(value)
+    elif isinstance(value, _NESTED):
+        for one in value.values() if isinstance(value, dict) else value:
+            _tensors(one, found)
+    return found
 
 
 def _is_cuda(device: Any) -> bool:
@@ -76,8 +78,9 @@ def _place() -> str:
     """The function of regtool at work."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE) and frame.f_code.co_name != "to":  # who asks for it
-            return f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{frame.f_code.co_qualname.split('.<locals>')[0]}"
+        name = frame.f_code.co_qualname.split(".<locals>")[0]
+        if frame.f_code.co_filename.startswith(PACKAGE) and not name.endswith(".to"):  # who asks for it
+            return f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
 
@@ -136,7 +139,7 @@ class _Dispatch(TorchDispatchMode):
     def _mixed(self, func: Any, name: str, args: Any, inputs: list[Tensor], here: list[bool]) -> None:
         """Notes what is copied, or refuses."""
         if func in COPIES:
-            self.mode.note("to_device" if on_cuda(next(_tensors(args[0]))) else "to_host", sum(x.nbytes for x in _tensors(args[1])))
+            self.mode.note("to_device" if on_cuda(_tensors(args[0])[0]) else "to_host", sum(x.nbytes for x in _tensors(args[1])))
         else:
             found = ", ".join(f"{tuple(x.shape)} on {'cuda:0' if there else 'cpu'}" for x, there in zip(inputs, here, strict=True))
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {found}")
@@ -208,8 +211,10 @@ class ClaimedCuda(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if special := _SPECIAL.get(func):
             return special(self, *args, **kwargs)
+        if func.__name__ == "__get__":  # shape, dtype and the like
+            return func(*args)
         device, before = kwargs.get("device"), self.context
-        inputs = list(_tensors([args, kwargs]))
+        inputs = _tensors([args, kwargs])
         wanted = any(on_cuda(x) for x in inputs if x.device.type == "cpu") if device is None else _is_cuda(device)
         if device is not None and wanted:
             kwargs["device"] = "cpu"

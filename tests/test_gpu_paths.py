@@ -141,13 +141,13 @@ def test_the_claimed_gpu_counts_copies_and_refuses_numpy() -> None:
     assert x.device == CPU
 
 
-def scene(ndim: int) -> tuple[Image, Image]:
+def scene(ndim: int, amplitude: float = 1.5) -> tuple[Image, Image]:
     """A textured ball and the same through a smooth field, on one oblique grid."""
     grid = random_grid(ndim, "oblique", 3, *{2: (24, 28), 3: (15, 18)}[ndim])
     noise = torch.rand(1, 1, *grid.shape, generator=seeded(0))
     ball = torch.from_numpy(blobs(grid.shape, tuple(n / 2 for n in grid.shape), min(grid.shape) / 3))
     moving = Image(ball * (0.5 + F.avg_pool2d(noise[0], 3, 1, 1) if ndim == 2 else 0.5 + F.avg_pool3d(noise[0], 3, 1, 1)), grid)
-    return warp(moving, Transform((smooth_field(grid, 1.5, 4),)), grid), moving
+    return warp(moving, Transform((smooth_field(grid, amplitude, 4),)), grid), moving
 
 
 def field(ndim: int, device: torch.device, amplitude: float = 2.0) -> DisplacementField:
@@ -241,7 +241,7 @@ def test_alignment_stays_on_the_host(ndim: int) -> None:
     moving = replace(moving, grid=replace(moving.grid, origin=tuple(o + 4 for o in moving.grid.origin)))
 
     def stage(device: torch.device) -> Any:
-        found = align(fixed, moving, "affine", Transform.identity(ndim))
+        found = align(fixed, moving, "rigid", Transform.identity(ndim))
         return torch.from_numpy(np.c_[found.affine.matrix, found.affine.translation])
 
     assert agrees(stage, lies=False).events == []
@@ -286,8 +286,7 @@ def test_methods_predict_and_train(parameters: Parameters, ndim: int) -> None:
     def stage(device: torch.device) -> Any:
         torch.manual_seed(0)
         trainer = Trainer(made(asked, ndim), asked, Feed(), device)
-        trainer.check()
-        out = [trainer.update(0), trainer.update(1)]
+        out = [trainer.update(0)]
         state = trainer.state()
         trainer.restore(state)
         validation = trainer.validate([known])
@@ -302,9 +301,9 @@ def test_methods_predict_and_train(parameters: Parameters, ndim: int) -> None:
     agrees(stage, tolerance=2e-3)  # Adam divides by what is nearly nothing
 
 
-@pytest.mark.parametrize("name", ["voxelmorph", "dirnet"])
-def test_learning_on_the_pair(ndim: int, name: str) -> None:
-    parameters = dict(METHODS)[name]
+def test_learning_on_the_pair(ndim: int) -> None:
+    """With batch normalisation, which remembers the statistics of the pair."""
+    parameters = dict(METHODS)["dirnet"]
     both = pair({2: (32, 32), 3: (16, 16, 16)}[ndim])
 
     def stage(device: torch.device) -> Any:
@@ -317,17 +316,17 @@ def test_learning_on_the_pair(ndim: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SIMILARITIES))
-@pytest.mark.parametrize("case", ["plain", "from a start", "guided", "symmetric"])
+@pytest.mark.parametrize("case", ["plain", "guided", "symmetric"])
 def test_refinement(ndim: int, name: str, case: str) -> None:
-    """guided: with masks, labels and landmarks."""
-    both = pair({2: (48, 52), 3: (24, 26, 24)}[ndim])
+    """guided: with masks, labels and landmarks, and from a start."""
+    both = pair({2: (26, 30), 3: (12, 14, 26)}[ndim])
     if case != "guided":
         both = Batch(both.fixed, both.moving)
     symmetric = case == "symmetric"
     asked = Refine(iterations=3, levels=2, symmetric=symmetric, dice=0.5 * (case == "guided"), landmarks=0.01 * (case == "guided"))
 
     def stage(device: torch.device) -> Any:
-        start = None if case != "from a start" else torch.full((1, ndim, *both.fixed.shape[2:]), 0.5, device=device)
+        start = None if case != "guided" else torch.full((1, ndim, *both.fixed.shape[2:]), 0.5, device=device)
         found = refine(both.to(device), start, asked, Metric(name=name), [1.5] * ndim)  # type: ignore[arg-type]
         return [found.displacement, torch.tensor(found.losses, device=device)]
 
@@ -391,15 +390,15 @@ def test_a_registration(ndim: int, case: str) -> None:
     agrees(lambda device: outcome(registered(ndim, fixed, moving, device, annotations, **sections)), lies=False, tolerance=5e-3)
 
 
-def test_the_copies_of_a_registration_are_those_that_the_docs_list(ndim: int) -> None:
+def test_the_copies_of_a_registration_are_those_that_the_docs_list() -> None:
     """By file of regtool; what is kept from one registration to the next may have been copied before."""
-    fixed, moving = scene(ndim)
-    gpu = agrees(lambda device: outcome(registered(ndim, fixed, moving, device)), lies=False, tolerance=5e-3)
+    fixed, moving = scene(2, 3.0)
+    gpu = agrees(lambda device: outcome(registered(2, fixed, moving, device)), lies=False, tolerance=5e-3)
     found: dict[str, list[int]] = {}
     for event in gpu.events:
         if event.place != "elsewhere" and event.what != "wait":
             found.setdefault(event.place.split(":")[0], [0, 0])[event.what == "to_host"] += 1
-    rows = re.findall(r"^\| `(\S+)` \| (\d+) \| (\d+) \| (once)?", GPU_PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\S+\.py)` \| (\d+) \| (\d+) \| (once)?", GPU_PAGE.read_text(), re.MULTILINE)
     told = {place: [int(there), int(back)] for place, there, back, once in rows if not once}
     once = {place for place, *_, once in rows if once}
     assert {place: counts for place, counts in found.items() if place not in once} == told
