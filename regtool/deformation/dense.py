@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from regtool.geometry.sampling import resize_voxels
+from regtool.geometry.vectors import vector
 
 
 def dense(output: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
@@ -18,5 +19,5 @@ def dense(output: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Ten
     if shape is None or tuple(shape) == tuple(u.shape[2:]):
         return u
     ratio = [n / m for n, m in zip(shape, u.shape[2:], strict=True)]
-    scale = torch.as_tensor(ratio[::-1], dtype=u.dtype, device=u.device).reshape(1, -1, *[1] * len(ratio))  # component 0 is the last axis
+    scale = vector(ratio[::-1], u).reshape(1, -1, *[1] * len(ratio))  # component 0 is the last axis
     return resize_voxels(u, shape) * scale

@@ -47,8 +47,9 @@ def extrapolate_displacement(u: torch.Tensor, near: Sequence[int], far: Sequence
         smooth = upsample_and_smooth(resize_voxels(wide, control_grid_shape(shape, times)), shape, times)
         away = u.new_zeros([1] * len(shape))  # from the border, in widths: 0 on the block, so that no step is seen where it ends
         for axis, (a, n, b) in enumerate(zip(before, u.shape[2:], after, strict=True)):
-            ends = torch.cat([torch.arange(a, 0, -1), torch.zeros(n), torch.arange(1, b + 1)]).to(away) / width
-            away = torch.maximum(away, ends.reshape([-1 if k == axis else 1 for k in range(len(shape))]))
+            ends = [torch.arange(*steps, dtype=away.dtype, device=away.device) / width for steps in ((a, 0, -1), (1, b + 1))]
+            distance = torch.cat([ends[0], away.new_zeros(n), ends[1]])
+            away = torch.maximum(away, distance.reshape([-1 if k == axis else 1 for k in range(len(shape))]))
         near, far = ([n - m for n, m in zip(*both, strict=True)] for both in ((near, before), (far, after)))
         u, width = torch.lerp(wide, smooth, away), 2 * width
     return u

@@ -33,6 +33,10 @@ class Image:
         """The lowest intensity: what stands outside the image unless told otherwise (air in CT is -1024, not 0)."""
         return float(self.data.min())
 
+    def to(self, device: torch.device) -> Image:
+        """The same on another device."""
+        return replace(self, data=self.data.to(device))
+
     def channel(self, index: int) -> Image:
         """One channel or one time point as an image of its own."""
         return replace(self, data=self.data[index : index + 1], time=None, colour=False)
@@ -40,7 +44,7 @@ class Image:
     def grey(self) -> Image:
         """One channel: the only one as it is, the luminance of colours, else the mean over channels or time points."""
         if self.colour:
-            return Image(torch.tensordot(torch.tensor(LUMA), self.data, dims=1)[None], self.grid)
+            return Image(torch.tensordot(torch.tensor(LUMA, device=self.data.device), self.data, dims=1)[None], self.grid)
         return Image(self.data.mean(dim=0, keepdim=True), self.grid) if len(self.data) > 1 else self
 
 
@@ -57,6 +61,10 @@ class Labels:
         check_shape("label map", self.data, self.grid, lead=1)
         if self.data.is_floating_point():
             raise GeometryError(f"labels must be whole numbers, got {self.data.dtype}")
+
+    def to(self, device: torch.device) -> Labels:
+        """The same on another device."""
+        return replace(self, data=self.data.to(device))
 
 
 @dataclass(frozen=True, eq=False)

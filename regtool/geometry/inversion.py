@@ -31,14 +31,15 @@ def invert(transform: Transform, grid: Grid, iterations: int = 60, tolerance_mm:
     """
     field = displacement_on(transform, transform.grid or grid)
     data = field.data.double()
-    to_index = torch.as_tensor(field.grid.inverse_matrix.T.copy())
-    origin = torch.as_tensor(field.grid.origin, dtype=torch.float64)
-    out = torch.empty(grid.ndim, grid.voxels)
+    device = data.device
+    to_index = torch.as_tensor(field.grid.inverse_matrix.T.copy(), device=device)
+    origin = torch.as_tensor(field.grid.origin, dtype=torch.float64, device=device)
+    out = torch.empty(grid.ndim, grid.voxels, device=device)
     worst, total, count = 0.0, 0.0, 0
-    for part, y in grid_points(grid, Transform.identity(grid.ndim)):
-        v, residual = torch.zeros_like(y), torch.empty(len(y), dtype=torch.float64)
-        open_points = torch.arange(len(y))
-        step, last = torch.ones(len(y), 1, dtype=torch.float64), torch.full((len(y), 1), torch.inf, dtype=torch.float64)
+    for part, y in grid_points(grid, Transform.identity(grid.ndim), device):
+        v, residual = torch.zeros_like(y), y.new_empty(len(y))
+        open_points = torch.arange(len(y), device=device)
+        step, last = y.new_ones(len(y), 1), y.new_full((len(y), 1), torch.inf)
         for _ in range(iterations + 1):
             error = v[open_points] + sample(data, ((y + v)[open_points] - origin) @ to_index).T
             size = error.norm(dim=1, keepdim=True)
@@ -66,6 +67,7 @@ def invert_points(transform: Transform, points: Array, iterations: int = 200) ->
     come closer is not taken but halved.
     """
     y = np.asarray(points, dtype=np.float64)
+    transform = transform.to(torch.device("cpu"), torch.float64)  # once, not for every step
     affine = Affine.identity(transform.ndim)
     for part in transform.parts:
         affine = part.after(affine) if isinstance(part, Affine) else affine

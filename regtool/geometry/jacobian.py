@@ -19,7 +19,7 @@ def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
     `du/dx = (du/dvoxel) (R S)^-1`, central differences, one-sided at the border. (ITK's own filter leaves out the direction cosines R.)
     """
     grid, u = field.grid, field.to_voxels()  # between index spaces the determinant is the same, and no matrix is left in the middle
-    out = torch.empty(grid.shape)
+    out = torch.empty(grid.shape, device=u.device)
     rows = max(1, SLAB_POINTS // max(1, grid.voxels // grid.shape[0]))
     for start in range(0, grid.shape[0], rows):
         stop = min(start + rows, grid.shape[0])
@@ -39,7 +39,7 @@ def min_one_sided_jacobian(displacement: torch.Tensor) -> torch.Tensor:
     a cell); central differences can miss that, and do not see a checkerboard at all.
     """
     shape = displacement.shape[1:]
-    out = torch.empty(shape)
+    out = torch.empty(shape, device=displacement.device)
     rows = max(1, SLAB_POINTS // max(1, displacement[0].numel() // shape[0]))
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
@@ -134,7 +134,7 @@ def jacobian_statistics(determinant: torch.Tensor, mask: torch.Tensor | None = N
     """
     values = determinant.flatten() if mask is None else determinant[mask]
     least = values if corners is None else corners.flatten() if mask is None else corners[mask]
-    count, sums = 0, torch.zeros(3, dtype=torch.float64)  # of the determinant, of its logarithm, of that squared
+    count, sums = 0, values.new_zeros(3, dtype=torch.float64)  # of the determinant, of its logarithm, of that squared
     for part in values.split(SLAB_POINTS):  # whole volumes in float64 would be the most memory of a run
         logs = part[part > 0].double().log()
         count, sums = count + len(logs), sums + torch.stack([part.double().sum(), logs.sum(), logs.square().sum()])

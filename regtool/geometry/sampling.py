@@ -20,6 +20,7 @@ from regtool.errors import GeometryError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.images import Image, Labels
 from regtool.geometry.transforms import Affine, DisplacementField, Part, PointMap, Transform
+from regtool.geometry.vectors import vector
 
 SLAB_POINTS = 250_000  # points handled at once: keeps the float64 coordinates in 6 MB, near the caches
 FEW = {2: 40_000, 3: 6_000}  # points, by dimension, from which several threads are worth calling
@@ -139,16 +140,18 @@ def mask_on_grid(mask: Image, grid: Grid) -> torch.Tensor:
 def warp(image: Image, transform: Transform, grid: Grid, outside: float | None = None, device: torch.device | None = None) -> Image:
     """`warped(x) = image(T(x))` on `grid`, linear, in float64 slabs: agrees with `sitk.Resample` to rounding, rim included.
 
-    outside: the value beyond the image, default its minimum, of channels each its own. Raises GeometryError where dimensions disagree.
+    outside: the value beyond the image, default its minimum, of channels each its own. device: that computes, default the image's; the result lies
+    where the image does. Raises GeometryError where dimensions disagree.
     """
     _same_dimension(image.grid, transform, grid)
-    data = image.data.to(device=_device(device), dtype=_float(device))
+    device = device or image.data.device
+    data = image.data.to(device=device, dtype=_float(device))
     several = outside is None and image.time is None and len(data) > 1
-    value = data.flatten(1).amin(dim=1, keepdim=True) if several else image.minimum if outside is None else outside
-    out = torch.empty(image.data.shape[0], grid.voxels)
+    value = data.flatten(1).amin(dim=1, keepdim=True) if several else data.amin() if outside is None else outside
+    out = torch.empty(image.data.shape[0], grid.voxels, device=image.data.device)
     for part, index in moving_indices(image.grid, transform, grid, device):
         values = sample(data, index)
-        out[:, part] = torch.where(inside(index, image.grid.shape), values, value).float().cpu()
+        out[:, part] = torch.where(inside(index, image.grid.shape), values, value).float().to(out.device)
     return Image(out.reshape(-1, *grid.shape), grid, image.time, image.colour)
 
 
@@ -156,14 +159,15 @@ def warp_labels(labels: Labels, transform: Transform, grid: Grid, vote: bool = T
     """Labels through a transform; values and dtype stay as they are, whatever their size.
 
     vote: every label's indicator is interpolated linearly and the heaviest wins (no label can appear that was not there; smoother than the
-    nearest voxel; of equal weights the one at the lower index wins). False: nearest neighbour, halves upwards, as ITK.
+    nearest voxel; of equal weights the one at the lower index wins). False: nearest neighbour, halves upwards, as ITK. device: as of `warp`.
     """
     _same_dimension(labels.grid, transform, grid)
-    data = labels.data.to(_device(device)).reshape(labels.data.shape[0], -1)
-    out = torch.empty(labels.data.shape[0], grid.voxels, dtype=torch.int64)
+    device = device or labels.data.device
+    data = labels.data.to(device).reshape(labels.data.shape[0], -1)
+    out = torch.empty(labels.data.shape[0], grid.voxels, dtype=torch.int64, device=labels.data.device)
     for part, index in moving_indices(labels.grid, transform, grid, device):
         values = _vote(data, index, labels.grid.shape) if vote else data[:, _flat(torch.floor(index + 0.5).long(), labels.grid.shape)]
-        out[:, part] = torch.where(inside(index, labels.grid.shape), values, outside).cpu()
+        out[:, part] = torch.where(inside(index, labels.grid.shape), values, outside).to(out.device)
     return Labels(out.reshape(-1, *grid.shape), grid, labels.dtype, labels.time)
 
 
@@ -175,14 +179,19 @@ def moving_indices(moving: Grid, transform: Transform, grid: Grid, device: torch
 
 
 def displacement_on(transform: Transform, grid: Grid, device: torch.device | None = None) -> DisplacementField:
-    """`u(x) = T(x) - x` at every voxel of `grid`, mm."""
+    """`u(x) = T(x) - x` at every voxel of `grid`, mm; it lies where the first field of the transform does, on the CPU where there is none.
+
+    device: that computes, default where the result lies.
+    """
     parts = transform.parts
     if len(parts) == 1 and isinstance(parts[0], DisplacementField) and parts[0].grid.same_as(grid, tolerance=1e-6):
         return DisplacementField(parts[0].data, grid)
-    out = torch.empty(grid.ndim, grid.voxels)
+    lies = next((part.data.device for part in parts if isinstance(part, DisplacementField)), torch.device("cpu"))
+    device = device or lies
+    out = torch.empty(grid.ndim, grid.voxels, device=lies)
     here = grid_points(grid, Transform.identity(grid.ndim), device)
     for (part, points), (_, origin) in zip(grid_points(grid, transform, device), here, strict=True):
-        out[:, part] = (points - origin).T.float().cpu()
+        out[:, part] = (points - origin).T.float().to(lies)
     return DisplacementField(out.reshape(-1, *grid.shape), grid)
 
 
@@ -195,7 +204,11 @@ def transform_points(transform: Transform, points: Array) -> Array:
 
 
 def grid_points(grid: Grid, transform: Transform, device: torch.device | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slab by slab (whole rows of the first array axis): (which voxels, (P, D) mm where the transform sends their centres)."""
+    """Slab by slab (whole rows of the first array axis): (which voxels, (P, D) mm where the transform sends their centres).
+
+    device: that computes, default the CPU.
+    """
+    device = device or torch.device("cpu")
     dtype = _float(device)
     plane = grid.voxels // grid.shape[0]
     rows = max(1, SLAB_POINTS // plane)
@@ -205,10 +218,11 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
     if isinstance(first, Affine):
         to_mm = first.after(to_mm)  # one matrix product, and no rounding between the two
     elif isinstance(first, DisplacementField) and first.grid.same_as(grid, tolerance=1e-6):
-        own = first.data.reshape(grid.ndim, -1)  # the field is known at these very points: nothing to interpolate
+        own = first.data.reshape(grid.ndim, -1).to(device)  # the field is known at these very points: nothing to interpolate
     else:
         rest = transform.parts
-    like = torch.empty(0, dtype=dtype, device=_device(device))
+    rest = Transform(rest).to(device, dtype).parts if rest else ()  # once, not for every slab
+    like = torch.empty(0, dtype=dtype, device=device)
     for start in range(0, grid.shape[0], rows):
         stop = min(start + rows, grid.shape[0])
         index = voxel_grid((stop - start, *grid.shape[1:]), like).reshape(-1, grid.ndim)
@@ -291,8 +305,7 @@ def _normalised(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def _voxel(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """(D,) what a voxel is in normalised coordinates, x first."""
-    size = torch.as_tensor(list(reversed(shape)), dtype=like.dtype, device=like.device)
-    return 2 / (size - 1).clamp(min=1)
+    return vector([2 / max(n - 1, 1) for n in reversed(shape)], like)
 
 
 def _flat(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -306,8 +319,9 @@ def _flat(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 def _vote(data: torch.Tensor, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """(C, voxels) labels at (P, D) indices: of the surrounding voxels, the label with the largest summed linear weight."""
     low = torch.floor(index)
-    corners = [torch.as_tensor(c, device=index.device) for c in itertools.product((0, 1), repeat=index.shape[1])]
-    labels = [data[:, _flat(low.long() + corner, shape)] for corner in corners]
+    first = low.long()
+    corners = [vector(c, first) for c in itertools.product((0, 1), repeat=index.shape[1])]
+    labels = [data[:, _flat(first + corner, shape)] for corner in corners]
     best_label = labels[0].clone()
     differ = torch.stack([(other != labels[0]).any(dim=0) for other in labels[1:]]).any(dim=0)  # elsewhere there is nothing to vote on
     upper = (index - low)[differ].float()
@@ -328,9 +342,5 @@ def _same_dimension(moving: Grid, transform: Transform, grid: Grid) -> None:
         raise GeometryError("dimensions disagree: " + ", ".join(f"{name} {n}-D" for name, n in found.items()))
 
 
-def _device(device: torch.device | None) -> torch.device:
-    return device if device is not None else torch.device("cpu")
-
-
-def _float(device: torch.device | None) -> torch.dtype:
-    return torch.float32 if _device(device).type == "mps" else torch.float64  # Metal has no float64
+def _float(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64

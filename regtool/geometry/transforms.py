@@ -11,6 +11,7 @@ import torch
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.images import check_shape
+from regtool.geometry.vectors import vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,10 @@ class DisplacementField:
         """Network output to millimetres. displacement: (1, D, *shape) or (D, *shape), voxels of `grid`."""
         u = displacement.detach().reshape(grid.ndim, *grid.shape).float()
         return cls(_rotate(u, grid.matrix), grid)
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DisplacementField:
+        """The same on another device; dtype: of computations, where many follow."""
+        return DisplacementField(self.data.to(device, dtype), self.grid)
 
     def to_voxels(self) -> torch.Tensor:
         """(D, *shape), voxels of the field's own grid."""
@@ -119,6 +124,10 @@ class Transform:
         """Points go through this one first, then through the others."""
         return Transform(tuple(p for t in (self, *others) for p in t.parts))
 
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Transform:
+        """The same with its displacement fields on another device."""
+        return Transform(tuple(part.to(device, dtype) if isinstance(part, DisplacementField) else part for part in self.parts))
+
     def simplified(self) -> Transform:
         """The same map with neighbouring affines merged."""
         out: list[Part] = []
@@ -143,9 +152,8 @@ def part_ndim(part: Part) -> int:
 def _rotate(u: torch.Tensor, matrix: Array) -> torch.Tensor:
     """(D, *shape) vectors through a (D, D) matrix."""
     if np.count_nonzero(matrix - np.diag(np.diagonal(matrix))) == 0:
-        scale = torch.as_tensor(np.diagonal(matrix).copy(), dtype=u.dtype, device=u.device)
-        return u * scale.reshape(-1, *[1] * (u.dim() - 1))
-    m = torch.as_tensor(matrix, dtype=u.dtype, device=u.device)
+        return u * vector(np.diagonal(matrix).tolist(), u).reshape(-1, *[1] * (u.dim() - 1))
+    m = vector(matrix.ravel().tolist(), u).reshape(matrix.shape)
     return (m @ u.reshape(u.shape[0], -1)).reshape(u.shape)
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from regtool.geometry.composition import exponential
 from regtool.geometry.sampling import crop_end, pad_end, resize_voxels, warp_voxels
+from regtool.geometry.vectors import vector
 from regtool.networks.blocks import CHANNELS_LAST, CONVOLVE, SameConv, activate, channels_last, in_float32, small_head
 
 SQUARINGS = 4  # of the half-way warps of features, which only have to be each other's mirror image
@@ -85,7 +86,7 @@ class Pyramid(nn.Module):
             x = descent(x)
             features.append(x.to(torch.promote_types(x.dtype, torch.float32)))
         shape = fixed.shape[2:]
-        movable = features[-1].new_tensor([float(n > 1) for n in reversed(shape)]).reshape(1, -1, *[1] * len(shape))
+        movable = vector([float(n > 1) for n in reversed(shape)], features[-1]).reshape(1, -1, *[1] * len(shape))
         velocity = features[-1].new_zeros(len(fixed), len(shape), *[-(-n // 2) for n in features[-1].shape[2:]])
         for update, both in zip(reversed(self.decoder), reversed(features), strict=True):
             velocity = doubled_field(velocity, both.shape[2:])

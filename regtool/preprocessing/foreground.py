@@ -25,7 +25,7 @@ def foreground_box(image: Image, mask: Image | None = None) -> RelativeBox:
     """
     there = foreground(image)
     if mask is not None:
-        there &= mask_on_grid(mask, image.grid)
+        there &= mask_on_grid(mask, image.grid).to(there.device)
     out = []
     for axis, n in enumerate(there.shape):
         planes = there.movedim(axis, 0).flatten(1).any(1).nonzero()

@@ -33,7 +33,7 @@ def one_channel(image: Image, parameters: Preprocess, weights: Sequence[float] |
     if len(image.data) == 1 or image.time is not None or (image.colour and weights is None):
         return image.grey()
     data = normalize_intensity(image, parameters).data
-    shares = torch.tensor(weights or [1.0] * len(data))
+    shares = torch.tensor(weights or [1.0] * len(data), device=data.device)
     return Image(torch.tensordot(shares / shares.sum(), data, dims=1)[None], image.grid)
 
 

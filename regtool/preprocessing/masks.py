@@ -18,7 +18,7 @@ def inpaint_outside_mask(image: Image, mask: Image) -> Image:
     mask: above one half where the image counts, on any grid. Coarser and coarser means of the known voxels fill the unknown ones (push-pull,
     Gortler 1996).
     """
-    known = mask_on_grid(mask, image.grid)[None].to(image.data.dtype)
+    known = mask_on_grid(mask, image.grid)[None].to(image.data)
     return image if bool(known.all()) or not bool(known.any()) else Image(_filled(image.data[None], known[None])[0], image.grid)
 
 
@@ -27,7 +27,7 @@ def apply_mask(image: Image, mask: Image) -> Image:
     is shown; else the image as it is, for beside an organ cut out on one side alone the other image looks like another modality.
     """
     shown = foreground(image)
-    left_out = shown & ~mask_on_grid(mask, image.grid)
+    left_out = shown & ~mask_on_grid(mask, image.grid).to(shown.device)
     return inpaint_outside_mask(image, mask) if int(left_out.sum()) <= MAX_HOLE_SHARE * int(shown.sum()) else image
 
 

@@ -6,6 +6,7 @@ import torch
 
 from regtool.config.registration import Modality
 from regtool.config.section import of_dimension
+from regtool.geometry.vectors import vector
 from regtool.similarity.means import at_least_float32
 from regtool.similarity.window import window_count, window_sum
 
@@ -40,7 +41,7 @@ def histogram_intersection(fixed: torch.Tensor, moving: torch.Tensor, numbers: M
     histograms = []
     for image in (fixed, moving):
         values = at_least_float32(image)[inside if bool(inside.any()) else slice(None)].flatten()
-        low, high = values.quantile(torch.tensor([p / 100 for p in numbers.percentiles], dtype=values.dtype, device=values.device)).tolist()
+        low, high = values.quantile(vector([p / 100 for p in numbers.percentiles], values)).tolist()
         counts = torch.histc(values.clamp(low, high), numbers.histogram_bins, min=low, max=high if high > low else low + 1)
         histograms.append(counts / counts.sum())
     return float(torch.minimum(*histograms).sum())

@@ -66,12 +66,13 @@ class Annotations:
 class _Memory(NamedTuple):
     """What was computed already, so that it need not be again: nothing in here changes what a pair is.
 
-    masked: what a mask leaves of an image, by the image; prepared: images ready to be warped, by the image and the size of the grid; fixed_masks: by
-    the grid; target: the fixed image on the measuring grid.
+    masked: what a mask leaves of an image, by the image; prepared: images ready to be warped, by the image and the size of the grid; masks: by the
+    mask; fixed_masks: by the grid; target: the fixed image on the measuring grid. All but the first lie on the device.
     """
 
     masked: dict[int, Image]
     prepared: dict[tuple[int, tuple[int, ...]], Image]
+    masks: dict[int, Image]
     fixed_masks: dict[Grid, torch.Tensor]
     target: list[torch.Tensor]
 
@@ -96,7 +97,7 @@ class PreparedPair:
     compared: RelativeBox
     blur_mm: tuple[float, ...] = ()
     view: Image | None = None
-    _memory: _Memory = field(default_factory=lambda: _Memory({}, {}, {}, []))
+    _memory: _Memory = field(default_factory=lambda: _Memory({}, {}, {}, {}, []))
 
     @classmethod
     def of(
@@ -123,7 +124,7 @@ class PreparedPair:
     def with_view(self, *, blur_mm: tuple[float, ...], compared: RelativeBox, grid: Grid, view: Image | None) -> PreparedPair:
         """The fixed image as blurred as `blur_mm` says, and only a part of it compared, that which `view` marks in the moving image."""
         annotations = self.annotations if view is None else replace(self.annotations, moving_mask=self.annotations.moving_mask or view)
-        memory = _Memory(self._memory.masked, {}, self._memory.fixed_masks, [])
+        memory = self._memory._replace(prepared={}, target=[])
         return replace(self, blur_mm=blur_mm, compared=compared, grid=grid, view=view, annotations=annotations, _memory=memory)
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
@@ -135,19 +136,26 @@ class PreparedPair:
             if mask is not None and mask is not self.view and id(image) not in memory.masked:
                 memory.masked[id(image)] = apply_mask(image, mask)
             seen = memory.masked.get(id(image), image)
-            memory.prepared[key] = prepare(seen, grid, self.setup.parameters.preprocess, self.blur_mm if is_fixed else ())
+            ready = prepare(seen, grid, self.setup.parameters.preprocess, self.blur_mm if is_fixed else ())
+            memory.prepared[key] = ready.to(self.setup.device)
         found = to_network(memory.prepared[key], transform, grid)
         if self.view is not None and not is_fixed:
-            found = inpaint_outside_mask(Image(found[0], grid), warp(self.view, transform, grid, 0.0)).data[None]
-        return found.to(self.setup.device)
+            found = inpaint_outside_mask(Image(found[0], grid), self._warped_mask(self.view, transform, grid)).data[None]
+        return found
 
     def masks(self, transform: Transform, grid: Grid) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(1, 1, *grid.shape) in [0, 1]: the fixed mask, and the moving one through `transform`; None where none is given."""
-        fixed, moving, device = self.annotations.fixed_mask, self.annotations.moving_mask, self.setup.device
-        known = self._memory.fixed_masks
+        fixed, moving, known = self.annotations.fixed_mask, self.annotations.moving_mask, self._memory.fixed_masks
         if fixed is not None and grid not in known:
-            known[grid] = warp(fixed, Transform.identity(grid.ndim), grid, 0.0).data[None].to(device)
-        return known.get(grid), None if moving is None else warp(moving, transform, grid, 0.0).data[None].to(device)
+            known[grid] = self._warped_mask(fixed, Transform.identity(grid.ndim), grid).data[None]
+        return known.get(grid), None if moving is None else self._warped_mask(moving, transform, grid).data[None]
+
+    def _warped_mask(self, mask: Image, transform: Transform, grid: Grid) -> Image:
+        """On the device."""
+        known = self._memory.masks
+        if id(mask) not in known:
+            known[id(mask)] = mask.to(self.setup.device)
+        return warp(known[id(mask)], transform, grid, 0.0)
 
     def score(self, transform: Transform) -> float:
         """Similarity of the fixed image and the moving one through `transform`, where the masks count; higher is better."""
@@ -173,7 +181,7 @@ class PreparedPair:
         points: list[tuple[torch.Tensor, ...]] = [(), ()]
         if by_labels and self.annotations.labels is not None:
             both = zip(self.annotations.labels, (identity, transform), strict=True)
-            labels = [warp_labels(one, t, grid).data[:1][None].to(device) for one, t in both]
+            labels = [warp_labels(one.to(device), t, grid).data[:1][None] for one, t in both]
         if by_points and self.annotations.landmarks is not None:
             target, source = (one.points for one in self.annotations.landmarks)
             both_points = (target, invert_points(transform, source)[0])

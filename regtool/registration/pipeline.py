@@ -63,7 +63,7 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, annot
     """The whole pipeline on two images. Raises GeometryError where they do not overlap and no alignment brings them together, InputError for an image
     without contrast, OutOfMemory where not even small grids fit.
     """
-    annotations, before = annotations or Annotations(), setup.initial or Transform.identity(fixed.grid.ndim)
+    annotations, before = annotations or Annotations(), (setup.initial or Transform.identity(fixed.grid.ndim)).to(setup.device)
     pair, plan, shown = prepare_pair(fixed, moving, setup, annotations)
 
     with clock("align"):
@@ -86,17 +86,18 @@ def register_pair(fixed: Image, moving: Image, setup: Setup, clock: Clock, annot
     pair.release()
 
     with clock("warp"):
-        outside, device = setup.parameters.run.outside, setup.device
-        displacement = displacement_on(state.transform, fixed.grid)
-        determinant = jacobian_determinant(displacement)
+        outside, host, source = setup.parameters.run.outside, torch.device("cpu"), moving.to(setup.device)
+        displacement = displacement_on(state.transform, fixed.grid, setup.device)
+        determinant = jacobian_determinant(displacement).to(host)
         mask = None if annotations.fixed_mask is None else mask_on_grid(annotations.fixed_mask, fixed.grid)
+        jacobian = jacobian_statistics(determinant, mask, min_one_sided_jacobian(displacement.to_voxels()).to(host))
         return Registered(
-            transform=state.transform,
-            displacement=displacement,
-            warped=warp(moving, Transform((displacement,)), fixed.grid, outside, device),
-            start=warp(moving, before, fixed.grid, outside, device),
+            transform=state.transform.to(host),
+            displacement=displacement.to(host),
+            warped=warp(source, Transform((displacement,)), fixed.grid, outside).to(host),
+            start=warp(source, before, fixed.grid, outside).to(host),
             determinant=determinant,
-            jacobian=jacobian_statistics(determinant, mask, min_one_sided_jacobian(displacement.to_voxels())),
+            jacobian=jacobian,
             metric=(pair.metric.name, pair.metric_reason),
             similarity=(first, state.score),
             stages=state.stages,
@@ -200,7 +201,7 @@ def refine_pair(
     elif SIMILARITIES[pair.metric.name].windowed:
         grid, cut = grid_for_box(pair.fixed.grid, intersect_boxes(shown, pair.compared), grid.voxels)
     inside = grid.cut(cut)
-    u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None].to(setup.device)
+    u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None]
     refined = refine(pair.batch(aligned, inside), u, parameters, pair.metric, grid.spacing, setup.progress)
     state, _ = offer_field(pair, state, "refine", _extrapolate_to_grid(refined.displacement, grid, cut), aligned, started)
     return state, refined.losses
@@ -271,7 +272,7 @@ def _engine(batch: Batch, pair: PreparedPair) -> tuple[Engine, Learned | None]:
 def _extrapolate_to_grid(displacement: torch.Tensor, grid: Grid, cut: Sequence[slice]) -> DisplacementField:
     """(1, D, ...) voxels on a block of the grid, going on smoothly on all of it."""
     far = [n - part.stop for part, n in zip(cut, grid.shape, strict=True)]
-    return DisplacementField.from_voxels(extrapolate_displacement(displacement, [part.start for part in cut], far).cpu(), grid)
+    return DisplacementField.from_voxels(extrapolate_displacement(displacement, [part.start for part in cut], far), grid)
 
 
 def _repaired(field: DisplacementField, pair: PreparedPair) -> tuple[DisplacementField, float, str]:
@@ -284,4 +285,4 @@ def _repaired(field: DisplacementField, pair: PreparedPair) -> tuple[Displacemen
 
 
 def _folding_percent(field: DisplacementField) -> float:
-    return 100 * float((min_one_sided_jacobian(field.to_voxels()) <= 0).double().mean())
+    return 100 * int((min_one_sided_jacobian(field.to_voxels()) <= 0).sum()) / field.grid.voxels

@@ -23,6 +23,7 @@ from regtool.geometry.composition import exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
 from regtool.geometry.sampling import linearised, resample, resize_voxels, warp_voxels
+from regtool.geometry.vectors import vector
 from regtool.preprocessing.batch import Batch, Points
 from regtool.preprocessing.resolution import antialiased
 from regtool.similarity import similarity
@@ -256,10 +257,10 @@ def _at(pair: Batch, shape: tuple[int, ...]) -> Batch:
         return pair
     grid = Grid.regular(fine)
     coarse = grid.resized(shape[::-1])
-    ratio = torch.tensor([n / m for n, m in zip(shape, fine, strict=True)][::-1], device=pair.fixed.device)
+    ratio = vector([n / m for n, m in zip(shape, fine, strict=True)][::-1], pair.fixed)
 
     def image(data: torch.Tensor) -> torch.Tensor:
-        return resample(antialiased(Image(data[0].cpu(), grid), coarse), coarse).data[None].to(data.device)
+        return resample(antialiased(Image(data[0], grid), coarse), coarse).data[None]
 
     def labels(data: torch.Tensor | None) -> torch.Tensor | None:
         return None if data is None else F.interpolate(data.double(), size=shape, mode="nearest-exact").long()

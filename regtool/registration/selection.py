@@ -78,15 +78,15 @@ def _brought_together(pair: PreparedPair, transform: Transform) -> Transform:
     """The transform, and after it what `pyramid` finds: where folds of one brain lie on those of another, nothing tells the modality."""
     numbers, ndim = pair.setup.parameters.modality, pair.grid.ndim
     grid = network_grid(pair.grid, GridParameters(), numbers.rough_max_voxels)
-    network = _rough_network(ndim).to(pair.setup.device)
+    network = _rough_network(ndim, pair.setup.device)
     fixed, moving = pair.tensor(pair.greys[0], Transform.identity(ndim), grid), pair.tensor(pair.greys[1], transform, grid)
     with torch.inference_mode():
         *_, u = network.passes(fixed, moving, numbers.rough_passes)
-    return Transform((DisplacementField.from_voxels(u.cpu(), grid),)).then(transform)
+    return Transform((DisplacementField.from_voxels(u, grid),)).then(transform)
 
 
 @functools.cache
-def _rough_network(ndim: int) -> Engine:
+def _rough_network(ndim: int, device: torch.device) -> Engine:
     path = bundled_model(ROUGH_METHOD, ndim)
     assert path is not None  # it is part of the package
-    return load_model(path, ndim)[0]
+    return load_model(path, ndim, device)[0]

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from regtool.geometry.composition import compose_voxels
 from regtool.geometry.jacobian import determinant
+from regtool.geometry.vectors import vector
 from regtool.similarity.means import accumulator, at_least_float32
 from regtool.similarity.window import chunks
 
@@ -26,7 +27,7 @@ def diffusion(displacement: torch.Tensor, spacing: Sequence[float] | None = None
     u = at_least_float32(displacement)
     ndim = u.shape[1]
     if spacing is not None:
-        u = u * torch.as_tensor(tuple(spacing), dtype=u.dtype, device=u.device).reshape(1, -1, *[1] * ndim)
+        u = u * vector(spacing, u).reshape(1, -1, *[1] * ndim)
     steps = tuple(spacing) if spacing is not None else (1.0,) * ndim
     return _mean_squares(u, {(axis,): 1 / (step**2 * ndim) for axis, step in enumerate(reversed(steps), start=2)})
 

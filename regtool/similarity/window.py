@@ -53,7 +53,7 @@ class _WindowSum(torch.autograd.Function):
 def window_count(n: int, window: int, like: torch.Tensor) -> torch.Tensor:
     """(n,) how many voxels of an axis of length n the window centred on each one holds."""
     at = torch.arange(n, device=like.device)
-    return (torch.minimum(at + window // 2, torch.tensor(n - 1)) - torch.clamp(at - window // 2, min=0) + 1).to(like.dtype)
+    return (torch.clamp(at + window // 2, max=n - 1) - torch.clamp(at - window // 2, min=0) + 1).to(like.dtype)
 
 
 def chunks(n: int, size: int, device: torch.device) -> Iterator[slice]:
