@@ -27,9 +27,9 @@ from regtool.preprocessing.resolution import antialiased, coarser_resolution, ne
 class PairView:
     """What of a pair is compared.
 
-    blur_mm: voxels of the moving image along the axes of the fixed one, where they are wider, else 0: so blurred is the fixed image taken to be; () for
-    as it is. compared: the part of the fixed grid that is compared. field_of_view: a mask of all that the moving image covers, where that leaves out
-    much of what the fixed one shows; coverage: how much of it is covered, 0 to 1.
+    compared: the part of the fixed grid; blur_mm: voxels of the moving image along the axes of the fixed one, where they are wider, else 0, and the
+    fixed image is seen as blurred as that; () for as it is; field_of_view: a mask of all that the moving image covers, where that leaves out much of
+    what the fixed one shows; coverage: how much of it is covered, 0 to 1.
     """
 
     compared: RelativeBox
@@ -52,8 +52,10 @@ class PairView:
 
 
 def pair_view(fixed: Image, moving: Grid, transform: Transform, parameters: Preprocess, min_coverage: float) -> PairView:
-    """With the images aligned by `transform`, the fixed one is as blurred as the moving one: blur is no motion. Where the moving image covers less than
-    `min_coverage` of what the fixed one shows, only the block that it covers is compared: a field that mends the border of a view tears what is there.
+    """What is compared of images that `transform` aligns. The fixed one is seen as blurred as the moving one: blur is no motion.
+
+    Where the moving image covers less than `min_coverage` of what the fixed one shows, only the block that it covers is compared: a field that mends
+    the border of a view tears what is there.
     """
     if needs_no_resampling(moving, transform, fixed.grid):
         return PairView.whole(fixed.grid.ndim)

@@ -39,8 +39,8 @@ def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None
 
 
 def coarser_resolution(fixed: Grid, moving: Grid, transform: Transform, coarser_ratio: float) -> tuple[float, ...]:
-    """Mm along each axis of the fixed grid: how wide voxels of the moving image are there, where they are clearly wider (coarser_ratio) than the fixed
-    ones; else 0. Of thick slices that lie askew, the ellipsoid in the voxel.
+    """Mm along each axis of the fixed grid: how wide voxels of the moving image are there, where they are `coarser_ratio` times as wide as the
+    fixed ones; else 0. Of thick slices that lie askew, the ellipsoid in the voxel.
     """
     steps = transform_points(transform, fixed.centre + np.vstack([np.zeros(fixed.ndim), fixed.matrix.T]))
     with np.errstate(divide="ignore"):

@@ -78,7 +78,7 @@ class Dataset:
         for entry in entries:
             if self._grid(entry).ndim != self.ndim:
                 raise InputError(f"{entry.image} is {self._grid(entry).ndim}-D, but {self.pairs[0].fixed.image} {self.ndim}-D", tip="list them apart")
-        affine, view = self._align(index, pair)
+        affine, view = self._alignment(index, pair)
         grid = view.cut(network_grid(self._grid(pair.fixed), self.parameters.grid))
         sides = list(zip(entries, (Affine.identity(grid.ndim), affine), strict=True))
         images = [self._network_image(*sides[0], grid, view.blur_mm), self._network_image(*sides[1], grid, view=view.field_of_view)]
@@ -97,7 +97,7 @@ class Dataset:
                 )
         return Batch(images[0], images[1], masks[0], masks[1], labels[0], labels[1], points[0], points[1])
 
-    def _align(self, index: int, pair: Pair) -> tuple[Affine, PairView]:
+    def _alignment(self, index: int, pair: Pair) -> tuple[Affine, PairView]:
         """(fixed to moving in mm, what of the pair is then compared), from the images as they are read."""
         if index not in self._aligned:
             affine, fixed, moving = Affine.identity(self.ndim), self._grid(pair.fixed), self._grid(pair.moving)
@@ -112,7 +112,7 @@ class Dataset:
 
     def _grid(self, entry: Entry) -> Grid:
         if entry.image not in self._grids:
-            self._scaled(entry)
+            (self._scaled if self.align is None and entry.mask is None else self._grey)(entry)
         return self._grids[entry.image]
 
     def _read(self, entry: Entry) -> Image:
@@ -148,9 +148,7 @@ class Dataset:
 
         return self._cache.get(("mask", path, entry.image), read)
 
-    def _network_image(
-        self, entry: Entry, affine: Affine, grid: Grid, blur_mm: tuple[float, ...] = (), view: Image | None = None
-    ) -> torch.Tensor:
+    def _network_image(self, entry: Entry, affine: Affine, grid: Grid, blur_mm: tuple[float, ...] = (), view: Image | None = None) -> torch.Tensor:
         """(1, 1, *grid.shape)."""
         transform = Transform((affine,))
 

@@ -19,7 +19,7 @@ from regtool.config.schema import Preprocess
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
-from regtool.geometry.sampling import grid_points, warp
+from regtool.geometry.sampling import grid_points
 from regtool.geometry.transforms import Affine, Transform
 from regtool.io.images import read_image
 from regtool.io.inspect import read_facts
