@@ -100,7 +100,7 @@ def test_a_pair_as_simpleitk_resamples_it(tmp_path: Path, ndim: int, orientation
 
     assert np.allclose(batch.moving[0, 0], resampled("m", float(arrays["m"].min())), atol=1e-4)
     assert batch.fixed_mask is not None and batch.moving_mask is not None
-    assert torch.equal(batch.fixed_mask, torch.from_numpy(arrays["fm"] > 0)[None, None].float())
+    torch.testing.assert_close(batch.fixed_mask, torch.from_numpy(arrays["fm"] > 0)[None, None].float(), rtol=0, atol=1e-6)
     assert np.allclose(batch.moving_mask[0, 0], resampled("mm", 0) / 255, atol=1e-4)
     assert batch.fixed_labels is not None and batch.moving_labels is not None
     assert torch.equal(batch.fixed_labels, torch.from_numpy(arrays["fl"]).long()[None, None])
