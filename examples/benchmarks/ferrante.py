@@ -36,7 +36,8 @@ from regtool.methods import build, read_parameters
 from regtool.methods.base import Engine
 from regtool.methods.model_file import load_model
 from regtool.preprocessing.batch import Batch
-from regtool.preprocessing.resolution import network_grid, prepare, to_network
+from regtool.preprocessing.pair import image_on_grid, prepare
+from regtool.preprocessing.resolution import network_grid
 from regtool.registration.adaptation import learn
 from regtool.registration.initialization import align
 
@@ -59,7 +60,7 @@ class Subject:
         """As the network sees it."""
         grid = network_grid(self.fixed.grid, parameters.grid)
         sides = ((self.fixed, Transform.identity(grid.ndim)), (self.moving, self.aligned))
-        return Batch(*(to_network(prepare(image, grid, parameters.preprocess), t, grid) for image, t in sides))
+        return Batch(*(image_on_grid(prepare(image, grid, parameters.preprocess), t, grid) for image, t in sides))
 
 
 def mirrored_lists(source: Path, folder: Path) -> tuple[Path, Path]:

@@ -30,7 +30,8 @@ from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import Pairs, read_list
 from regtool.methods.base import Engine
 from regtool.methods.model_file import load_model
-from regtool.preprocessing.resolution import network_grid, prepare, to_network
+from regtool.preprocessing.pair import image_on_grid, prepare
+from regtool.preprocessing.resolution import network_grid
 from regtool.registration.initialization import align
 from regtool.training.dataset import Dataset
 
@@ -38,7 +39,7 @@ from regtool.training.dataset import Dataset
 def network_field(engine: Engine, parameters: Parameters, fixed: Image, moving: Image, aligned: Transform) -> Transform:
     """Fixed to moving through the network and `aligned`, with nothing repaired, refined or rolled back."""
     grid = network_grid(fixed.grid, parameters.grid)
-    images = [to_network(prepare(x, grid, parameters.preprocess), t, grid) for x, t in ((fixed, Transform.identity(grid.ndim)), (moving, aligned))]
+    images = [image_on_grid(prepare(x, grid, parameters.preprocess), t, grid) for x, t in ((fixed, Transform.identity(grid.ndim)), (moving, aligned))]
     with torch.no_grad():
         u = engine.displacement(*images)
     return Transform((DisplacementField.from_voxels(u, grid),)).then(aligned)

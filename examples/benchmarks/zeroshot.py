@@ -26,7 +26,8 @@ from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import read_list
 from regtool.methods.resolve import resolve
-from regtool.preprocessing.resolution import network_grid, prepare, to_network
+from regtool.preprocessing.pair import image_on_grid, prepare
+from regtool.preprocessing.resolution import network_grid
 
 
 def overlap(labels: tuple[Labels, ...], transform: Transform) -> float:
@@ -58,7 +59,7 @@ def main() -> None:
             images = [read_image(side.image).grey() for side in (row.fixed, row.moving)]
             labels = tuple(read_labels(side.labels) for side in (row.fixed, row.moving) if side.labels is not None)
             grid = network_grid(images[0].grid, parameters.grid, arguments.max_voxels)
-            fixed, moving = (to_network(prepare(image, grid, parameters.preprocess), Transform.identity(2), grid) for image in images)
+            fixed, moving = (image_on_grid(prepare(image, grid, parameters.preprocess), Transform.identity(2), grid) for image in images)
             fixed = 1 - fixed if inverted else fixed
             with torch.inference_mode():
                 there, back = (list(engine.passes(*pair, arguments.passes))[-1] for pair in ((fixed, moving), (moving, fixed)))

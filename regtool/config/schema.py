@@ -40,13 +40,34 @@ class Grid(Section):
 
 
 class Preprocess(Section):
-    """How intensities enter the network."""
+    """How images enter networks and similarities, in training and in registration alike: intensities, resolution, masks, what both images show."""
 
     intensity: IntensityScaling = Field(
         "percentile", description="percentile: clip to `percentiles` of each image, scale to [0, 1]; minmax: scale to [0, 1]; none: as they are"
     )
     percentiles: tuple[float, float] = Field((0.0, 99.9), description="lower and upper percentile of each image")
     top: float = Field(1.0, gt=0, description="what the upper end becomes instead of 1, for networks trained on another scale")
+
+    max_quantile_samples: int = number(1_000_000, "percentiles are those of at most about so many voxels, evenly spread", unit="voxels", ge=1000)
+    foreground_contrast: float = number(
+        0.01, "an image shows something where it differs from its first voxel by more than this share of its range", ge=0, lt=1
+    )
+    foreground_margin: float = number(0.02, "rim around the block in which an image shows something, as a share of each axis", ge=0, le=0.5)
+    min_foreground_share: float = number(
+        0.5, "a grid gets finer where little of it shows something, as if this share did at least: all of it has to be carried along", gt=0, le=1
+    )
+    max_hole_share: float = number(
+        0.25,
+        "a mask that leaves out at most this share of what its image shows hides something, and the image is continued over it; one that leaves out "
+        "more marks an organ",
+        ge=0, le=1, chosen_on="implants in T1 and PD slices, a head with the mask of its brain",
+    )  # fmt: skip
+    coarser_ratio: float = number(
+        1.5,
+        "voxels of the moving image so many times as wide as the fixed ones are wider: along that axis the fixed image is smoothed to be as blurred",
+        ge=1, le=100, chosen_on="one head with known displacements, seen in slices of 5 mm and voxels of 3 mm; brains of two people",
+    )  # fmt: skip
+    coverage_max_voxels: int = number(60_000, "of the grid on which is asked what the moving image covers", unit="voxels", ge=64)
 
     @field_validator("percentiles")
     @classmethod

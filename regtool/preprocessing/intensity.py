@@ -12,17 +12,20 @@ from regtool.config.schema import Preprocess
 from regtool.errors import InputError
 from regtool.geometry.images import Image
 
-QUANTILE_SAMPLES = 1_000_000
-
 
 def normalize_intensity(image: Image, parameters: Preprocess) -> Image:
-    """Intensities scaled as the parameters say, those of every channel by themselves."""
+    """The image with its intensities scaled."""
+    return Image(scale_intensity(image.data, parameters), image.grid)
+
+
+def scale_intensity(data: torch.Tensor, parameters: Preprocess) -> torch.Tensor:
+    """(C, *shape) intensities scaled as the parameters say, those of every channel by themselves, on any device."""
     if parameters.intensity == "none":
-        return Image(image.data, image.grid)
-    data = image.data.clone()
+        return data
+    data = data.clone()
     for channel in data:
         _scale(channel, parameters)
-    return Image(data, image.grid)
+    return data
 
 
 def one_channel(image: Image, parameters: Preprocess, weights: Sequence[float] | None = None) -> Image:
@@ -73,9 +76,11 @@ def _counted(n: int, what: str) -> str:
 def _scale(data: torch.Tensor, parameters: Preprocess) -> None:
     """In place."""
     low, high = (0.0, 100.0) if parameters.intensity == "minmax" else parameters.percentiles
-    flat = data.flatten()
-    sample = flat[:: max(1, len(flat) // QUANTILE_SAMPLES)].double().numpy() if low > 0 or high < 100 else flat.numpy()
-    bottom, top = (float(v) for v in np.percentile(sample, [low, high]))
-    if top <= bottom:  # nearly all background: the percentiles say nothing
-        bottom, top = float(flat.min()), float(flat.max())
+    bottom = top = 0.0
+    if low > 0 or high < 100:
+        flat = data.flatten()
+        sample = flat[:: max(1, len(flat) // parameters.max_quantile_samples)].cpu().double().numpy()
+        bottom, top = (float(v) for v in np.percentile(sample, [low, high]))
+    if top <= bottom:  # all of the range is asked for, or nearly all is background and the percentiles say nothing
+        bottom, top = (float(v) for v in data.aminmax())
     data.sub_(bottom).div_(max(top - bottom, 1e-12)).clamp_(0, 1).mul_(parameters.top)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from regtool.config.schema import Preprocess
 from regtool.geometry.images import Image
 from regtool.geometry.sampling import mask_on_grid, resize_voxels
 from regtool.preprocessing.foreground import foreground
-
-MAX_HOLE_SHARE = 0.25  # of what an image shows: a mask that leaves out more is there for an organ, one that leaves out less for what is no anatomy
 
 
 def inpaint_outside_mask(image: Image, mask: Image) -> Image:
@@ -22,13 +21,13 @@ def inpaint_outside_mask(image: Image, mask: Image) -> Image:
     return image if bool(known.all()) or not bool(known.any()) else Image(_filled(image.data[None], known[None])[0], image.grid)
 
 
-def apply_mask(image: Image, mask: Image) -> Image:
-    """What networks and similarities see of an image with a mask: the image `continued` beyond the mask where that leaves out little (HOLES) of what
-    is shown; else the image as it is, for beside an organ cut out on one side alone the other image looks like another modality.
+def apply_mask(image: Image, mask: Image, parameters: Preprocess) -> Image:
+    """What networks and similarities see of an image with a mask: the image inpainted outside the mask where that leaves out little (max_hole_share)
+    of what is shown; else the image as it is, for beside an organ cut out on one side alone the other image looks like another modality.
     """
-    shown = foreground(image)
+    shown = foreground(image, parameters)
     left_out = shown & ~mask_on_grid(mask, image.grid).to(shown.device)
-    return inpaint_outside_mask(image, mask) if int(left_out.sum()) <= MAX_HOLE_SHARE * int(shown.sum()) else image
+    return inpaint_outside_mask(image, mask) if int(left_out.sum()) <= parameters.max_hole_share * int(shown.sum()) else image
 
 
 def _filled(data: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

@@ -10,15 +10,11 @@ import numpy as np
 import torch
 
 from regtool.config.schema import Grid as GridParameters
-from regtool.config.schema import Preprocess
 from regtool.errors import GeometryError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.images import Image
-from regtool.geometry.sampling import transform_points, warp
+from regtool.geometry.sampling import transform_points
 from regtool.geometry.transforms import Affine, Transform
-from regtool.preprocessing.intensity import normalize_intensity
-
-COARSER_RATIO = 1.5  # times a voxel: from there on an image is smoothed to be as blurred as the other
 
 
 def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None = None) -> Grid:
@@ -42,25 +38,15 @@ def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None
     return fixed if tuple(size.tolist()) == fixed.size else fixed.resized(tuple(size.tolist()))
 
 
-def prepare(image: Image, grid: Grid, parameters: Preprocess, least: Sequence[float] = ()) -> Image:
-    """Scaled, and smoothed for a grid that is coarser; what `to_network` may then warp again and again. least: as for `antialiased`."""
-    return antialiased(normalize_intensity(image, parameters), grid, least)
-
-
-def coarser_resolution(fixed: Grid, moving: Grid, transform: Transform) -> tuple[float, ...]:
-    """Mm along each axis of the fixed grid: how wide voxels of the moving image are there, where they are clearly wider (COARSER) than the fixed
-    ones; else 0. Of thick slices that lie askew, the ellipsoid in the voxel.
+def coarser_resolution(fixed: Grid, moving: Grid, transform: Transform, coarser_ratio: float) -> tuple[float, ...]:
+    """Mm along each axis of the fixed grid: how wide voxels of the moving image are there, where they are `coarser_ratio` times as wide as the
+    fixed ones; else 0. Of thick slices that lie askew, the ellipsoid in the voxel.
     """
     steps = transform_points(transform, fixed.centre + np.vstack([np.zeros(fixed.ndim), fixed.matrix.T]))
     with np.errstate(divide="ignore"):
         reach = _reach((steps[1:] - steps[0]) @ moving.rotation, moving)
     wide = np.minimum(reach, fixed.size).tolist()  # a flat map ends there
-    return tuple(w * s if w > COARSER_RATIO else 0.0 for w, s in zip(wide, fixed.spacing, strict=True))
-
-
-def to_network(ready: Image, transform: Transform, grid: Grid) -> torch.Tensor:
-    """(1, C, *grid.shape): a `prepared` image through `transform` onto the grid."""
-    return ready.data[None] if needs_no_resampling(ready.grid, transform, grid) else warp(ready, transform, grid).data[None]
+    return tuple(w * s if w > coarser_ratio else 0.0 for w, s in zip(wide, fixed.spacing, strict=True))
 
 
 def needs_no_resampling(own: Grid, transform: Transform, grid: Grid) -> bool:

@@ -173,7 +173,7 @@ def make_plan(pair: PairSize, parameters: Parameters, learns: bool, limit_bytes:
         return activation_bytes(parameters, grid.shape, learns) + LEARNING * learns
 
     def refined(grid: Grid) -> int:
-        whole = grid_for_box(fixed, pair.box, grid.voxels)[0] if pair.box else grid
+        whole = grid_for_box(fixed, pair.box, grid.voxels, parameters.preprocess.min_foreground_share)[0] if pair.box else grid
         finer = held(*{grid, whole}) - held(grid)
         return finer + _refining(grid, parameters, compared)
 

@@ -12,15 +12,12 @@ from regtool.config.registration import Metric
 from regtool.config.schema import Parameters
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image, Labels, Landmarks
-from regtool.geometry.inversion import invert_points
-from regtool.geometry.sampling import warp, warp_labels
 from regtool.geometry.transforms import Transform
 from regtool.methods.base import Engine
 from regtool.preprocessing.batch import Batch
-from regtool.preprocessing.foreground import RelativeBox
 from regtool.preprocessing.intensity import one_channel
-from regtool.preprocessing.masks import apply_mask, inpaint_outside_mask
-from regtool.preprocessing.resolution import prepare, to_network
+from regtool.preprocessing.pair import PairView, image_on_grid, labels_on_grid, mask_weights, points_on_grid, scaled_image
+from regtool.preprocessing.resolution import antialiased
 from regtool.registration.adaptation import ProgressCallback
 from regtool.similarity import similarity
 
@@ -66,7 +63,7 @@ class Annotations:
 class _Memory(NamedTuple):
     """What was computed already, so that it need not be again: nothing in here changes what a pair is.
 
-    masked: what a mask leaves of an image, by the image; prepared: images ready to be warped, by the image and the size of the grid; masks: by the
+    masked: scaled images that have a mask, by the image; prepared: images ready to be warped, by the image and the size of the grid; masks: by the
     mask; fixed_masks: by the grid; target: the fixed image on the measuring grid. All but the first lie on the device.
     """
 
@@ -82,8 +79,7 @@ class PreparedPair:
     """Two images and how they are compared.
 
     fixed, moving: equal numbers of channels; greys: both in one channel, for what looks at one; grid: where the similarity is measured; metric: which
-    one, and why; compared: the part of the fixed grid that is; blur_mm: voxels of the moving image along the axes of the fixed one, where they are
-    wider; view: a mask of all that the moving image covers, if that leaves out much.
+    one, and why; view: what of the pair is compared.
     """
 
     fixed: Image
@@ -94,9 +90,7 @@ class PreparedPair:
     grid: Grid
     metric: Metric
     metric_reason: str
-    compared: RelativeBox
-    blur_mm: tuple[float, ...] = ()
-    view: Image | None = None
+    view: PairView
     _memory: _Memory = field(default_factory=lambda: _Memory({}, {}, {}, {}, []))
 
     @classmethod
@@ -114,18 +108,16 @@ class PreparedPair:
             grid=grid,
             metric=asked.model_copy(update={"channel_weights": weights, "name": "mi" if asked.name == "auto" else asked.name}),
             metric_reason="as asked for",
-            compared=((0.0, 1.0),) * grid.ndim,
+            view=PairView.whole(grid.ndim),
         )
 
     def with_metric(self, name: str, reason: str) -> PreparedPair:
         """Compared by another similarity."""
         return replace(self, metric=self.metric.model_copy(update={"name": name}), metric_reason=reason)
 
-    def with_view(self, *, blur_mm: tuple[float, ...], compared: RelativeBox, grid: Grid, view: Image | None) -> PreparedPair:
-        """The fixed image as blurred as `blur_mm` says, and only a part of it compared, that which `view` marks in the moving image."""
-        annotations = self.annotations if view is None else replace(self.annotations, moving_mask=self.annotations.moving_mask or view)
-        memory = self._memory._replace(prepared={}, target=[])
-        return replace(self, blur_mm=blur_mm, compared=compared, grid=grid, view=view, annotations=annotations, _memory=memory)
+    def with_view(self, view: PairView) -> PreparedPair:
+        """The same, of which only so much is compared."""
+        return replace(self, view=view, grid=view.cut(self.grid), _memory=self._memory._replace(prepared={}, target=[]))
 
     def tensor(self, image: Image, transform: Transform, grid: Grid) -> torch.Tensor:
         """(1, C, *grid.shape): the image, one of `greys` or with all channels, through `transform` as networks and similarities see it."""
@@ -133,29 +125,26 @@ class PreparedPair:
         is_fixed = image in (self.fixed, self.greys[0])
         if key not in memory.prepared:
             mask = self.annotations.fixed_mask if is_fixed else self.annotations.moving_mask
-            if mask is not None and mask is not self.view and id(image) not in memory.masked:
-                memory.masked[id(image)] = apply_mask(image, mask)
-            seen = memory.masked.get(id(image), image)
-            ready = prepare(seen, grid, self.setup.parameters.preprocess, self.blur_mm if is_fixed else ())
-            memory.prepared[key] = ready.to(self.setup.device)
-        found = to_network(memory.prepared[key], transform, grid)
-        if self.view is not None and not is_fixed:
-            found = inpaint_outside_mask(Image(found[0], grid), self._warped_mask(self.view, transform, grid)).data[None]
-        return found
+            scaled = memory.masked.get(id(image)) or scaled_image(image, mask, self.setup.parameters.preprocess)
+            if mask is not None:  # looking for what a mask hides takes longer than scaling
+                memory.masked[id(image)] = scaled
+            memory.prepared[key] = antialiased(scaled, grid, self.view.blur_mm if is_fixed else ()).to(self.setup.device)
+        beyond = None if is_fixed or self.view.field_of_view is None else self._on_device(self.view.field_of_view)
+        return image_on_grid(memory.prepared[key], transform, grid, beyond)
 
     def masks(self, transform: Transform, grid: Grid) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(1, 1, *grid.shape) in [0, 1]: the fixed mask, and the moving one through `transform`; None where none is given."""
-        fixed, moving, known = self.annotations.fixed_mask, self.annotations.moving_mask, self._memory.fixed_masks
+        fixed, moving, known = self.annotations.fixed_mask, self.annotations.moving_mask or self.view.field_of_view, self._memory.fixed_masks
         if fixed is not None and grid not in known:
-            known[grid] = self._warped_mask(fixed, Transform.identity(grid.ndim), grid).data[None]
-        return known.get(grid), None if moving is None else self._warped_mask(moving, transform, grid).data[None]
+            known[grid] = mask_weights(self._on_device(fixed), Transform.identity(grid.ndim), grid)
+        return known.get(grid), None if moving is None else mask_weights(self._on_device(moving), transform, grid)
 
-    def _warped_mask(self, mask: Image, transform: Transform, grid: Grid) -> Image:
-        """On the device."""
+    def _on_device(self, mask: Image) -> Image:
+        """Copied there once."""
         known = self._memory.masks
         if id(mask) not in known:
             known[id(mask)] = mask.to(self.setup.device)
-        return warp(known[id(mask)], transform, grid, 0.0)
+        return known[id(mask)]
 
     def score(self, transform: Transform) -> float:
         """Similarity of the fixed image and the moving one through `transform`, where the masks count; higher is better."""
@@ -181,11 +170,10 @@ class PreparedPair:
         points: list[tuple[torch.Tensor, ...]] = [(), ()]
         if by_labels and self.annotations.labels is not None:
             both = zip(self.annotations.labels, (identity, transform), strict=True)
-            labels = [warp_labels(one.to(device), t, grid).data[:1][None] for one, t in both]
+            labels = [labels_on_grid(one.to(device), t, grid)[:, :1] for one, t in both]
         if by_points and self.annotations.landmarks is not None:
-            target, source = (one.points for one in self.annotations.landmarks)
-            both_points = (target, invert_points(transform, source)[0])
-            points = [(torch.as_tensor(grid.to_index(x), dtype=torch.float32, device=device),) for x in both_points]
+            sides = zip(self.annotations.landmarks, (identity, transform), strict=True)
+            points = [(points_on_grid(one.points, t, grid).to(device),) for one, t in sides]
         return Batch(fixed, moving, *self.masks(transform, grid), labels[0], labels[1], points[0], points[1])
 
     def release(self, but: Grid | None = None) -> None:

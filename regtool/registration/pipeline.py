@@ -23,7 +23,7 @@ from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.methods import build
 from regtool.methods.base import Engine
 from regtool.preprocessing.batch import Batch
-from regtool.preprocessing.foreground import RelativeBox, box_slices, foreground_box, grid_for_box, intersect_boxes
+from regtool.preprocessing.foreground import RelativeBox, foreground_box, grid_for_box, intersect_boxes
 from regtool.preprocessing.intensity import select_channels
 from regtool.registration.acceptance import MATCH_ALREADY, Stage, least_gain
 from regtool.registration.adaptation import Learned, learn
@@ -117,7 +117,7 @@ def prepare_pair(fixed: Image, moving: Image, setup: Setup, annotations: Annotat
         and (parameters.metric.name == "auto" or SIMILARITIES[parameters.metric.name].windowed)
         and not parameters.refine.symmetric
     )
-    shown = foreground_box(target, annotations.fixed_mask) if in_block else ()
+    shown = foreground_box(target, parameters.preprocess, annotations.fixed_mask) if in_block else ()
     size = PairSize(
         fixed=fixed.grid,
         moving=moving.grid,
@@ -163,7 +163,7 @@ def apply_network(pair: PreparedPair, state: RegistrationState, grid: Grid) -> t
     Trained weights see the pair again as registered so far; what they find, composed with what they have found before, is judged each time.
     """
     started, setup, aligned = time.perf_counter(), pair.setup, state.transform
-    run, cut = setup.parameters.run, box_slices(grid, pair.compared)
+    run, cut = setup.parameters.run, pair.view.slices(grid)
     batch = pair.batch(aligned, grid.cut(cut), grey=True)
     if pair.fixed is not pair.greys[0]:
         log.info("the network sees one channel, the weighted mean of %d", len(pair.fixed.data))
@@ -194,12 +194,13 @@ def refine_pair(
     Windows in which the fixed image shows nothing tell `lncc` nothing, so that the others can be finer, and the displacement goes on smoothly beyond
     them; histograms and mean edges would not be the same without them.
     """
-    started, setup, cut = time.perf_counter(), pair.setup, box_slices(grid, pair.compared)
+    started, setup, cut = time.perf_counter(), pair.setup, pair.view.slices(grid)
     parameters = setup.parameters.refine
     if parameters.symmetric:
         aligned, start = state.transform, None  # the velocity is that of what is still to be moved, and both images count alike
     elif SIMILARITIES[pair.metric.name].windowed:
-        grid, cut = grid_for_box(pair.fixed.grid, intersect_boxes(shown, pair.compared), grid.voxels)
+        box, min_share = intersect_boxes(shown, pair.view.compared), setup.parameters.preprocess.min_foreground_share
+        grid, cut = grid_for_box(pair.fixed.grid, box, grid.voxels, min_share)
     inside = grid.cut(cut)
     u = None if start is None else displacement_on(Transform((start,)), inside).to_voxels()[None]
     refined = refine(pair.batch(aligned, inside), u, parameters, pair.metric, grid.spacing, setup.progress)

@@ -14,8 +14,8 @@ from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.models import bundled_model
 from regtool.methods.base import Engine
 from regtool.methods.model_file import load_model
-from regtool.preprocessing.foreground import box_slices, field_of_view_mask, field_of_view_overlap
-from regtool.preprocessing.resolution import coarser_resolution, network_grid
+from regtool.preprocessing.pair import pair_view
+from regtool.preprocessing.resolution import network_grid
 from regtool.registration.acceptance import insufficient_information
 from regtool.registration.modality import similarity_for
 from regtool.registration.pair import PreparedPair
@@ -27,25 +27,17 @@ ROUGH_METHOD = "pyramid"  # the network that brings anatomies together before th
 
 
 def restrict_to_overlap(pair: PreparedPair, state: RegistrationState) -> tuple[PreparedPair, RegistrationState]:
-    """With the images aligned, the fixed one is as blurred as the moving one from here on: blur is no motion. Where the moving image leaves out much
-    of what the fixed one shows, only the block that it covers is compared: a field that mends the border of a view tears what is there.
-    """
-    setup, grid = pair.setup, pair.grid
-    blur = coarser_resolution(pair.fixed.grid, pair.moving.grid, state.transform)
-    share, box = field_of_view_overlap(pair.fixed, pair.moving.grid, state.transform)
-    partial = 0 < share < setup.parameters.align.min_coverage
-    if not partial and not any(blur):
+    """With the images aligned, only what both show is compared, the fixed image as blurred as the moving one: see `pair_view`."""
+    setup = pair.setup
+    view = pair_view(pair.fixed, pair.moving.grid, state.transform, setup.parameters.preprocess, setup.parameters.align.min_coverage)
+    if not view.blur_mm and view.field_of_view is None:
         return pair, state
-    if partial:
+    if view.field_of_view is not None:
         log.warning(
-            "%sthe moving image covers %.0f %% of what the fixed one shows; beyond, the displacement goes on smoothly", setup.whose, 100 * share
-        )
-    restricted = pair.with_view(
-        blur_mm=blur,
-        compared=box if partial else pair.compared,
-        grid=grid.cut(box_slices(grid, box)) if partial else grid,
-        view=field_of_view_mask(pair.moving.grid) if partial else None,
-    )
+            "%sthe moving image covers %.0f %% of what the fixed one shows; beyond, the displacement goes on smoothly",
+            setup.whose, 100 * view.coverage,
+        )  # fmt: skip
+    restricted = pair.with_view(view)
     return restricted, replace(state, score=restricted.score(state.transform))
 
 

@@ -16,17 +16,18 @@ from regtool.config.schema import Parameters
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image, Labels
-from regtool.geometry.sampling import pad_end, transform_points, warp, warp_labels
+from regtool.geometry.sampling import pad_end
 from regtool.geometry.transforms import Affine, Transform
 from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import Entry, Pair
 from regtool.io.points import read_points
 from regtool.preprocessing.batch import Batch, Points
-from regtool.preprocessing.intensity import normalize_intensity, one_channel
-from regtool.preprocessing.resolution import antialiased, needs_no_resampling, network_grid, to_network
+from regtool.preprocessing.intensity import one_channel
+from regtool.preprocessing.pair import PairView, image_on_grid, labels_on_grid, mask_weights, pair_view, points_on_grid, scaled_image
+from regtool.preprocessing.resolution import antialiased, needs_no_resampling, network_grid
 
 T = TypeVar("T", Image, Labels, torch.Tensor)
-Align = Callable[[Image, Image], Affine | None]  # (fixed, moving), both normalised -> fixed to moving in mm, or None to leave them as they are
+Align = Callable[[Image, Image, Image | None, Image | None], Affine]  # (fixed, moving, their masks) -> fixed to moving in mm
 SAME_GRID = 0.1  # voxels by which a label map may lie beside its image without being resampled
 SAME_PLACE = 1.0  # voxels by which one of the same size may: beyond, its header is another one's
 VOLUME = 1 << 16  # labels of one volume of a 4-D label map
@@ -34,7 +35,10 @@ OVERLAP_PERCENT = 50.0  # of the smaller one's block of space that an image and 
 
 
 class Dataset:
-    """Pairs as the network sees them: on the grid of the fixed image, the moving image through an alignment. Safe to be used by a few threads."""
+    """Pairs as the network sees them, in training as in registration: on the grid of the fixed image, the moving image through an alignment.
+
+    Safe to be used by a few threads.
+    """
 
     def __init__(
         self,
@@ -46,12 +50,14 @@ class Dataset:
         images_only: bool = False,
         fix_header: bool = False,
     ) -> None:
-        """cache_bytes: of images and labels to be kept; images_only: labels and landmarks are not read; fix_header: as in read_image."""
+        """cache_bytes: of images and labels to be kept; align: None leaves the images as their headers say; images_only: labels and landmarks are not
+        read; fix_header: as in read_image.
+        """
         self.pairs, self.parameters, self.align = pairs, parameters, align
         self.images_only, self.fix_header = images_only, fix_header
         self._cache = _Cache(cache_bytes)
         self._grids: dict[Path, Grid] = {}
-        self._affines: dict[int, Affine] = {}
+        self._aligned: dict[int, tuple[Affine, PairView]] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -72,11 +78,11 @@ class Dataset:
         for entry in entries:
             if self._grid(entry).ndim != self.ndim:
                 raise InputError(f"{entry.image} is {self._grid(entry).ndim}-D, but {self.pairs[0].fixed.image} {self.ndim}-D", tip="list them apart")
-        grid = network_grid(self._grid(pair.fixed), self.parameters.grid)
-        affines = (Affine.identity(grid.ndim), self._affine(index, pair))
-        sides = list(zip(entries, affines, strict=True))
-        images = [self._network_image(entry, affine, grid) for entry, affine in sides]
-        masks = [None if entry.mask is None else self._network_mask(entry, affine, grid) for entry, affine in sides]
+        affine, view = self._alignment(index, pair)
+        grid = view.cut(network_grid(self._grid(pair.fixed), self.parameters.grid))
+        sides = list(zip(entries, (Affine.identity(grid.ndim), affine), strict=True))
+        images = [self._network_image(*sides[0], grid, view.blur_mm), self._network_image(*sides[1], grid, view=view.field_of_view)]
+        masks = [self._network_mask(*sides[0], grid), self._network_mask(*sides[1], grid, view.field_of_view)]
         labels: list[torch.Tensor | None] = [None, None]
         points: list[Points] = [(None,), (None,)]
         if not self.images_only and all(entry.labels for entry in entries):
@@ -91,57 +97,83 @@ class Dataset:
                 )
         return Batch(images[0], images[1], masks[0], masks[1], labels[0], labels[1], points[0], points[1])
 
-    def _affine(self, index: int, pair: Pair) -> Affine:
-        if index not in self._affines:
-            found = None if self.align is None else self.align(self._image(pair.fixed), self._image(pair.moving))
-            self._affines[index] = found or Affine.identity(self._grid(pair.fixed).ndim)
-        return self._affines[index]
+    def _alignment(self, index: int, pair: Pair) -> tuple[Affine, PairView]:
+        """(fixed to moving in mm, what of the pair is then compared), from the images as they are read."""
+        if index not in self._aligned:
+            affine, fixed, moving = Affine.identity(self.ndim), self._grid(pair.fixed), self._grid(pair.moving)
+            if self.align is not None:
+                images = self._grey(pair.fixed), self._grey(pair.moving)
+                affine = self.align(*images, self._mask(pair.fixed), self._mask(pair.moving))
+            transform, view = Transform((affine,)), PairView.whole(self.ndim)
+            if not needs_no_resampling(moving, transform, fixed):
+                view = pair_view(self._grey(pair.fixed), moving, transform, self.parameters.preprocess, self.parameters.align.min_coverage)
+            self._aligned[index] = affine, view
+        return self._aligned[index]
 
     def _grid(self, entry: Entry) -> Grid:
         if entry.image not in self._grids:
-            self._image(entry)
+            (self._scaled if self.align is None and entry.mask is None else self._grey)(entry)
         return self._grids[entry.image]
 
-    def _image(self, entry: Entry) -> Image:
-        """As read and normalised, on its own grid."""
+    def _read(self, entry: Entry) -> Image:
+        """One channel, as read."""
+        image = read_image(entry.image, self.fix_header)
+        if image.time is not None:
+            raise InputError(f"{entry.image} is a time series of {len(image.data)} images", tip="save single time points and list them")
+        self._grids[entry.image] = image.grid
+        return one_channel(image, self.parameters.preprocess)
+
+    def _grey(self, entry: Entry) -> Image:
+        """The same, kept: what pairs are aligned by."""
+        return self._cache.get(("grey", entry.image), lambda: self._read(entry))
+
+    def _scaled(self, entry: Entry) -> Image:
+        """On its own grid."""
+
+        def make() -> Image:
+            image = self._cache.kept(("grey", entry.image)) or self._read(entry)
+            return scaled_image(image, self._mask(entry), self.parameters.preprocess)
+
+        return self._cache.get(("image", entry.image, entry.mask), make)
+
+    def _mask(self, entry: Entry) -> Image | None:
+        """Ones where the file is above zero, else zeros."""
+        path = entry.mask
+        if path is None:
+            return None
 
         def read() -> Image:
-            image = read_image(entry.image, self.fix_header)
-            if image.time is not None:
-                raise InputError(f"{entry.image} is a time series of {len(image.data)} images", tip="save single time points and list them")
-            return normalize_intensity(one_channel(image, self.parameters.preprocess), self.parameters.preprocess)
-
-        image = self._cache.get(("image", entry.image), read)
-        self._grids[entry.image] = image.grid
-        return image
-
-    def _network_image(self, entry: Entry, affine: Affine, grid: Grid) -> torch.Tensor:
-        """(1, 1, *grid.shape)."""
-
-        def make() -> torch.Tensor:
-            return to_network(antialiased(self._image(entry), grid), Transform((affine,)), grid)
-
-        if needs_no_resampling(self._grid(entry), Transform((affine,)), grid):
-            return make()  # is the image itself, which is kept already
-        return self._cache.get(("image", entry.image, grid, *_numbers(affine)), make)
-
-    def _network_mask(self, entry: Entry, affine: Affine, grid: Grid) -> torch.Tensor:
-        """(1, 1, *grid.shape) in [0, 1]; what is above zero in the file counts."""
-        path = entry.mask
-        assert path is not None
-
-        def make() -> torch.Tensor:
             mask = read_image(path, self.fix_header)
-            own = Image((mask.data.mean(dim=0, keepdim=True) > 0).float(), _placed(path, mask.grid, self._grid(entry), entry.image))
-            return (own if needs_no_resampling(own.grid, Transform((affine,)), grid) else warp(own, Transform((affine,)), grid, outside=0.0)).data[
-                None
-            ]
+            return Image((mask.data.mean(dim=0, keepdim=True) > 0).float(), _placed(path, mask.grid, self._grids[entry.image], entry.image))
 
-        return self._cache.get(("mask", path, entry.image, grid, *_numbers(affine)), make)
+        return self._cache.get(("mask", path, entry.image), read)
+
+    def _network_image(self, entry: Entry, affine: Affine, grid: Grid, blur_mm: tuple[float, ...] = (), view: Image | None = None) -> torch.Tensor:
+        """(1, 1, *grid.shape)."""
+        transform = Transform((affine,))
+
+        def make() -> torch.Tensor:
+            return image_on_grid(antialiased(self._scaled(entry), grid, blur_mm), transform, grid, view)
+
+        if not blur_mm and view is None and needs_no_resampling(self._grid(entry), transform, grid):
+            return make()  # is the scaled image itself, which is kept already
+        return self._cache.get(("image", entry.image, entry.mask, grid, blur_mm, view is not None, *_numbers(affine)), make)
+
+    def _network_mask(self, entry: Entry, affine: Affine, grid: Grid, view: Image | None = None) -> torch.Tensor | None:
+        """(1, 1, *grid.shape) in [0, 1]; where there is no mask, the `view` if there is one."""
+        if entry.mask is None and view is None:
+            return None
+
+        def make() -> torch.Tensor:
+            mask = self._mask(entry) or view
+            assert mask is not None
+            return mask_weights(mask, Transform((affine,)), grid)
+
+        return self._cache.get(("mask", entry.mask, entry.image, grid, *_numbers(affine)), make)
 
     def _network_labels(self, entry: Entry, affine: Affine, grid: Grid) -> torch.Tensor:
         """(1, 1, *grid.shape) in the smallest type that holds them."""
-        path = entry.labels
+        path, transform = entry.labels, Transform((affine,))
         assert path is not None
 
         def read() -> Labels:
@@ -149,25 +181,19 @@ class Dataset:
             return Labels(_small(_one_map(labels.data)), _placed(path, labels.grid, self._grid(entry), entry.image))
 
         def make() -> torch.Tensor:
-            own = self._cache.get(("labels", path, entry.image), read)
-            return (
-                own.data[None]
-                if needs_no_resampling(own.grid, Transform((affine,)), grid)
-                else _small(warp_labels(own, Transform((affine,)), grid).data[None])
-            )
+            return _small(labels_on_grid(self._cache.get(("labels", path, entry.image), read), transform, grid))
 
         return self._cache.get(("labels", path, entry.image, grid, *_numbers(affine)), make)
 
     def _network_points(self, entry: Entry, affine: Affine, grid: Grid) -> torch.Tensor:
-        """(P, D) voxel indices. The network sees the image through the affine, so its points go through the inverse."""
+        """(P, D) voxel indices."""
         path = entry.landmarks
         assert path is not None
 
         def read() -> torch.Tensor:
             return torch.from_numpy(read_points(path, grid=self._grid(entry), ndim=grid.ndim).points)
 
-        points = self._cache.get(("points", path, entry.image), read).numpy()
-        return torch.as_tensor(grid.to_index(transform_points(Transform((affine.inverse(),)), points)), dtype=torch.float32)
+        return points_on_grid(self._cache.get(("points", path, entry.image), read).numpy(), Transform((affine,)), grid)
 
 
 class Order:
@@ -253,6 +279,11 @@ class _Cache:
                 while self.size > self.limit:
                     self.size -= self._kept.popitem(last=False)[1][1]
         return made
+
+    def kept(self, key: Hashable) -> Any:
+        """The value of `key`, None where it is not kept."""
+        with self._lock:
+            return self._kept[key][0] if key in self._kept else None
 
 
 def _numbers(affine: Affine) -> tuple[bytes, bytes]:

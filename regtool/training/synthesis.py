@@ -21,9 +21,10 @@ from regtool.geometry.composition import exponential
 from regtool.geometry.sampling import sample, voxel_grid
 from regtool.geometry.splines import bspline_kernel
 from regtool.preprocessing.batch import Batch
+from regtool.preprocessing.intensity import scale_intensity
 
 ATTEMPTS = 5  # draws before parameters that make empty images are refused
-MIN_CONTRAST = 0.02  # standard deviation below which an image in [0, 1] shows nothing
+MIN_CONTRAST = 0.02  # standard deviation, as a share of the range, below which an image shows nothing
 FEWEST_VOXELS = 8  # of a label, in each image, for Dice to look at it
 SCALES = (32, 16, 8, 4)  # of labels and texture: intervals between the control points along an axis
 MIN_INTERVAL_VOXELS = 3  # voxels in such an interval at least
@@ -36,7 +37,7 @@ def synthetic(parameters: Synthesis, preprocess: Preprocess, seed: Sequence[int]
     """One pair, N = 1, on `device`: images, labels and the known displacement u (1, D, *shape), voxels, with `moving(x + u(x))` where `fixed(x)` is.
 
     seed: whole numbers from 0; they alone decide what comes out (on another kind of device the noise is another one). Images are scaled as
-    `preprocess` says. Raises ParameterError where the parameters make empty images again and again.
+    `preprocess` says, as those that are read. Raises ParameterError where the parameters make empty images again and again.
     """
     for attempt in range(ATTEMPTS):
         made = _pair(parameters, preprocess, _Random((*seed, attempt), device))
@@ -96,10 +97,11 @@ def _pair(parameters: Synthesis, preprocess: Preprocess, random: _Random) -> Bat
     images = []
     for own, points, look in zip(labels, (fixed_to_map, moving_to_map), _appearances(count, parameters, random), strict=True):
         texture = None if anatomy is None else sample(anatomy, points.T).reshape(shape)
-        image = _scaled(_painted(own, look, texture, parameters, random), preprocess)
-        if image is None:
+        image = scale_intensity(_painted(own, look, texture, parameters, random)[None], preprocess)
+        low, high = image.aminmax()
+        if float(image.std()) <= MIN_CONTRAST * float(high - low):
             return None
-        images.append(image[None, None])
+        images.append(image[None])
     seen = _loss_labels(labels, count, parameters, random)
     return None if seen is None else Batch(images[0], images[1], fixed_labels=seen[0], moving_labels=seen[1], displacement=u)
 
@@ -291,16 +293,6 @@ def _optics(shape: Sequence[int], parameters: Synthesis, random: _Random) -> lis
             weights = bspline_kernel(place[:, None] - torch.arange(slices), 1) @ mean @ (weights / weights.sum(dim=1, keepdim=True))
         out.append((weights / weights.sum(dim=1, keepdim=True)).to(random.device))
     return out
-
-
-def _scaled(image: torch.Tensor, preprocess: Preprocess) -> torch.Tensor | None:
-    """As images that are read are scaled; None where it shows nothing."""
-    flat = image.flatten()
-    low, high = (0.0, 100.0) if preprocess.intensity != "percentile" else preprocess.percentiles
-    bottom = flat.min() if low == 0 else flat.kthvalue(1 + round(low / 100 * (len(flat) - 1))).values
-    top = flat.max() if high == 100 else flat.kthvalue(1 + round(high / 100 * (len(flat) - 1))).values
-    image = ((image - bottom) / (top - bottom).clamp(min=1e-6)).clamp(0, 1)
-    return image * preprocess.top if float(image.std()) > MIN_CONTRAST else None
 
 
 def _loss_labels(labels: Sequence[torch.Tensor], count: int, parameters: Synthesis, random: _Random) -> tuple[torch.Tensor, torch.Tensor] | None:

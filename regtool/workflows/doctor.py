@@ -19,12 +19,13 @@ from regtool.config.schema import Preprocess
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
-from regtool.geometry.sampling import grid_points, warp
+from regtool.geometry.sampling import grid_points
 from regtool.geometry.transforms import Affine, Transform
 from regtool.io.images import read_image
 from regtool.io.inspect import read_facts
-from regtool.preprocessing.intensity import normalize_intensity, one_channel
-from regtool.preprocessing.resolution import antialiased, network_grid
+from regtool.preprocessing.intensity import one_channel
+from regtool.preprocessing.pair import image_on_grid, prepare
+from regtool.preprocessing.resolution import network_grid
 from regtool.registration.initialization import Alignment, align
 from regtool.runtime import gathered_warnings
 
@@ -204,13 +205,9 @@ def _relation(fixed: Image, moving: Image, alignment: Affine) -> dict[str, float
     common = torch.cat([torch.as_tensor(moving.grid.contains(points.numpy())) for _, points in grid_points(grid, transform)])
     if int(common.sum()) < FEW:
         return {}
-    a = (
-        warp(antialiased(normalize_intensity(one_channel(fixed, scale), scale), grid), Transform.identity(grid.ndim), grid)
-        .data.flatten()[common]
-        .double()
-        .numpy()
-    )
-    b = warp(antialiased(normalize_intensity(one_channel(moving, scale), scale), grid), transform, grid).data.flatten()[common].double().numpy()
+    sides = ((fixed, Transform.identity(grid.ndim)), (moving, transform))
+    seen = (image_on_grid(prepare(one_channel(image, scale), grid, scale), through, grid) for image, through in sides)
+    a, b = (tensor.flatten()[common].double().numpy() for tensor in seen)
     if a.std() == 0 or b.std() == 0:
         return {}
     joint = np.histogram2d(a, b, bins=BINS, range=((0, 1), (0, 1)))[0]

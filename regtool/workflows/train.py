@@ -44,7 +44,7 @@ from regtool.runtime import (
     versions,
 )
 from regtool.training.augmentation import augmented
-from regtool.training.dataset import Dataset, Order
+from regtool.training.dataset import Align, Dataset, Order
 from regtool.training.distributed import DistributedContext, process_group
 from regtool.training.run_folder import MODEL, PAIRS, REPORT, STATE, RunFolder, TrainingState, numbers
 from regtool.training.synthesis import synthetic
@@ -402,11 +402,15 @@ def _fingerprint(pairs: Pairs) -> str:
     return f"{len(pairs)} ({digest[:12]})"
 
 
-def _aligner(parameters: Parameters) -> Callable[[Image, Image], Affine | None] | None:
-    """What `[align]` asks for, for a pair of images."""
+def _aligner(parameters: Parameters) -> Align | None:
+    """What `[align]` asks for, for a pair of images and their masks."""
     if parameters.align.method == "none":
         return None
-    return lambda fixed, moving: align(fixed, moving, parameters.align, Transform.identity(fixed.grid.ndim)).affine
+
+    def aligned(fixed: Image, moving: Image, fixed_mask: Image | None, moving_mask: Image | None) -> Affine:
+        return align(fixed, moving, parameters.align, Transform.identity(fixed.grid.ndim), fixed_mask, moving_mask).affine
+
+    return aligned
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from regtool.config.schema import Preprocess
 from regtool.geometry.images import Image
 from regtool.geometry.transforms import Transform
 from regtool.io.images import read_image
-from regtool.preprocessing.resolution import prepare, to_network
+from regtool.preprocessing.pair import image_on_grid, prepare
 from regtool.registration import modality
 from regtool.workflows.register import Request, register
 from tests.conftest import DATA
@@ -94,7 +94,7 @@ def test_the_report_says_what_was_chosen_and_why(ndim: int) -> None:
 def test_real_pairs(fixed: str, moving: str, expected: str) -> None:
     f, m = (read_image(DATA / x) for x in (fixed, moving))
     grid = f.grid.resized(tuple(min(100, n) for n in f.grid.size))
-    a, b = (to_network(prepare(x, grid, Preprocess()), Transform.identity(grid.ndim), grid) for x in (f, m))
+    a, b = (image_on_grid(prepare(x, grid, Preprocess()), Transform.identity(grid.ndim), grid) for x in (f, m))
     assert similarity_for(a, b)[0] == expected
 
 

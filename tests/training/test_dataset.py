@@ -12,19 +12,27 @@ import SimpleITK as sitk
 import torch
 
 import regtool.training.dataset as module
+from regtool.config.registration import Align as AlignParameters
 from regtool.config.schema import Grid as GridParameters
-from regtool.config.schema import Parameters, Preprocess
+from regtool.config.schema import Parameters, Preprocess, Supervision
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
-from regtool.geometry.transforms import Affine
+from regtool.geometry.images import Image, Landmarks
+from regtool.geometry.transforms import Affine, Transform
+from regtool.io.images import read_image, read_labels
 from regtool.io.pairs import AllPairs, Entry, Pair
 from regtool.preprocessing.batch import Batch
 from regtool.preprocessing.resolution import network_grid
+from regtool.registration.pair import Annotations, Setup
+from regtool.registration.pipeline import prepare_pair
+from regtool.registration.selection import restrict_to_overlap
+from regtool.registration.state import RegistrationState
 from regtool.similarity.supervision import soft_dice
 from regtool.training.dataset import Dataset, Order, collate
 from tests.conftest import random_grid, to_sitk
 
-RAW = Parameters(preprocess=Preprocess(intensity="none"))
+AS_IT_IS = Preprocess(intensity="none", coarser_ratio=100, max_hole_share=0)  # no scaling, nothing blurred or continued; resampled alone
+RAW = Parameters(preprocess=AS_IT_IS, align=AlignParameters(min_coverage=0))
 PLENTY = 1 << 30
 
 
@@ -92,7 +100,7 @@ def test_a_pair_as_simpleitk_resamples_it(tmp_path: Path, ndim: int, orientation
 
     assert np.allclose(batch.moving[0, 0], resampled("m", float(arrays["m"].min())), atol=1e-4)
     assert batch.fixed_mask is not None and batch.moving_mask is not None
-    assert torch.equal(batch.fixed_mask, torch.from_numpy(arrays["fm"] > 0)[None, None].float())
+    torch.testing.assert_close(batch.fixed_mask, torch.from_numpy(arrays["fm"] > 0)[None, None].float(), rtol=0, atol=1e-6)
     assert np.allclose(batch.moving_mask[0, 0], resampled("mm", 0) / 255, atol=1e-4)
     assert batch.fixed_labels is not None and batch.moving_labels is not None
     assert torch.equal(batch.fixed_labels, torch.from_numpy(arrays["fl"]).long()[None, None])
@@ -128,13 +136,60 @@ def test_landmarks_stay_on_what_they_mark(tmp_path: Path, ndim: int, orientation
         assert (centre - point[0].double()).abs().max() < 0.25
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("partial", [True, False])
+def test_training_sees_what_registration_sees(tmp_path: Path, ndim: int, partial: bool, masked: bool) -> None:
+    """Thick slices, a view of a part, an implant that a mask hides, labels, landmarks, a network grid of larger voxels: both get the same numbers."""
+    fixed = replace(random_grid(ndim, "oblique", 1, 30, 36), spacing=(1.0,) * ndim)
+    block = [slice(0, n) for n in fixed.shape]
+    block[-1] = slice(4, fixed.size[0] - (14 if partial else 0))
+    moving = fixed.cut(block)
+    moving = moving.resized((*moving.size[:-1], moving.size[-1] // 2))  # slices twice as thick
+    rng = np.random.default_rng(0)
+    entries = []
+    for name, grid in (("f", fixed), ("m", moving)):
+        array = rng.standard_normal(grid.shape).astype(np.float32)
+        mask = np.ones(grid.shape, np.uint8)
+        mask[(slice(5, 9),) * ndim] = 0
+        array[mask == 0] = 40
+        files = {key: tmp_path / f"{name}{key}.mha" for key in ("image", "labels", "mask")}
+        written(files["image"], array, grid)
+        written(files["labels"], rng.integers(0, 3, grid.shape).astype(np.uint8), grid)
+        written(files["mask"], mask, grid)
+        marks = points_file(tmp_path / f"{name}.csv", fixed.centre + rng.uniform(-4, 4, (5, ndim)))
+        entries.append(Entry(name, files["image"], files["labels"], marks, files["mask"] if masked else None))
+    affine = shifting(fixed, 3)
+    parameters = Parameters(grid=GridParameters(spacing_mm=1.5), supervision=Supervision(dice=1, landmarks=1))
+    learned_from = Dataset([Pair("p", *entries)], parameters, PLENTY, lambda *_: affine).sample(0)
+
+    images = [read_image(entry.image) for entry in entries]
+    masks = [
+        None if entry.mask is None else Image((read_image(entry.mask).data > 0).float(), image.grid)
+        for entry, image in zip(entries, images, strict=True)
+    ]
+    labels = tuple(read_labels(entry.labels) for entry in entries if entry.labels)
+    marks = tuple(Landmarks(module.read_points(entry.landmarks, grid=fixed, ndim=ndim).points) for entry in entries if entry.landmarks)
+    known = Annotations(fixed_mask=masks[0], moving_mask=masks[1], labels=(labels[0], labels[1]), landmarks=(marks[0], marks[1]))
+    pair, _, _ = prepare_pair(images[0], images[1], Setup(parameters=parameters, engine=None, device=torch.device("cpu")), known)
+    transform = Transform((affine,))
+    pair, _ = restrict_to_overlap(pair, RegistrationState(transform=transform, score=0.0))
+    assert (pair.view.field_of_view is not None) == partial and bool(pair.view.blur_mm)
+    registered = pair.batch(transform, pair.view.cut(network_grid(fixed, parameters.grid)), grey=True)
+
+    for name in ("fixed", "moving", "fixed_mask", "moving_mask", "fixed_labels", "moving_labels"):
+        one, other = getattr(learned_from, name), getattr(registered, name)
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other)), name
+    for name in ("fixed_points", "moving_points"):
+        assert torch.equal(getattr(learned_from, name)[0], getattr(registered, name)[0]), name
+
+
 def replace_grid(grid: GridParameters) -> Parameters:
     return RAW.model_copy(update={"grid": grid})
 
 
 def test_what_is_scaled_and_what_is_left_out(tmp_path: Path) -> None:
     pair, arrays, *_ = scene(tmp_path, 2, "aligned")
-    batch = Dataset([pair], Parameters(preprocess=Preprocess(intensity="minmax", top=2.0)), PLENTY).sample(0)
+    batch = Dataset([pair], RAW.model_copy(update={"preprocess": AS_IT_IS.model_copy(update={"intensity": "minmax", "top": 2.0})}), PLENTY).sample(0)
     scaled = 2 * (arrays["f"] - arrays["f"].min()) / np.ptp(arrays["f"])
     assert np.allclose(batch.fixed[0, 0], scaled, atol=1e-5)
     bare = Dataset([pair], RAW, PLENTY, images_only=True).sample(0)
@@ -189,8 +244,9 @@ def test_nothing_is_read_or_aligned_twice_while_it_fits(tmp_path: Path, reads: l
     pair, *_ = scene(tmp_path, 2, "oblique")
     calls = []
 
-    def align(fixed: object, moving: object) -> None:
+    def align(*_: object) -> Affine:
         calls.append(1)
+        return Affine.identity(2)
 
     dataset = Dataset([pair, replace(pair, id="q")], RAW, PLENTY, align)
     first = dataset.sample(0)

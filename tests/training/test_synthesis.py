@@ -14,9 +14,12 @@ from scipy.ndimage import map_coordinates
 from regtool.cli.app import main
 from regtool.config.schema import Preprocess, Synthesis
 from regtool.errors import InputError, ParameterError, UsageError
+from regtool.geometry.grid import Grid
+from regtool.geometry.images import Image
 from regtool.io.checkpoints import read_checkpoint
 from regtool.io.models import read_card
 from regtool.preprocessing.batch import Batch
+from regtool.preprocessing.intensity import normalize_intensity
 from regtool.similarity.supervision import displacement_error
 from regtool.training.dataset import collate
 from regtool.training.run_folder import STATE
@@ -71,6 +74,14 @@ def test_what_a_pair_is(size: tuple[int, ...]) -> None:
     assert pair.displacement is not None
     assert pair.displacement.shape == (1, len(shape), *shape)
     assert pair.swapped().displacement is None
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess(), Preprocess(percentiles=(2.0, 95.0), top=3.0), Preprocess(intensity="minmax")])
+def test_they_are_scaled_as_images_that_are_read(size: tuple[int, ...], preprocess: Preprocess) -> None:
+    raw, scaled = made(2, Preprocess(intensity="none"), size=size), made(2, preprocess, size=size)
+    grid = Grid.regular(raw.fixed.shape[2:])
+    for name in ("fixed", "moving"):
+        assert torch.equal(getattr(scaled, name)[0], normalize_intensity(Image(getattr(raw, name)[0], grid), preprocess).data)
 
 
 def test_the_known_displacement_maps_fixed_labels_to_moving_ones(size: tuple[int, ...]) -> None:
