@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from regtool.workflows.outcome import evaluated
 
 from regtool.cli.app import main
 from regtool.errors import GeometryError, InputError, UsageError
@@ -24,7 +25,6 @@ from regtool.io.pairs import read_list
 from regtool.io.points import write_points
 from regtool.io.transforms import write_transform
 from regtool.workflows.evaluate import evaluate, evaluate_list
-from regtool.workflows.outcome import evaluated
 from regtool.workflows.register import Request
 from tests.conftest import DATA, random_grid, random_image, smooth_field
 
