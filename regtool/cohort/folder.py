@@ -59,7 +59,7 @@ class PairFolder:
         self._drop(REPORT)
         error = ErrorFacts(type=known.error.type if known else None, what=what, tip=tip, exit_code=exit_code)
         spent = known.seconds.model_copy(update={"total": seconds}) if known else Seconds(total=seconds)
-        said = {"id": self.id, "error": error, "seconds": spent, "log": log}
+        said = {"id": self.id, "status": "failed", "error": error, "seconds": spent, "log": log}
         write_report(known.model_copy(update=said) if known else FailureReport(**said), self.folder / FAILED)
 
     def finish(self, report: RegistrationReport, inputs: Mapping[str, InputStamp]) -> None:

@@ -41,7 +41,7 @@ def row_of(pair: PairFolder) -> dict[str, Any]:
             row |= {f"dice_{when}": scores.dice.mean, **{f"dice_{when}_{label}": value for label, value in scores.dice.labels.items()}}
         if scores is not None and scores.tre_mm is not None:
             row[f"tre_mm_{when}"] = scores.tre_mm.mean
-    return row
+    return {column: value for column, value in row.items() if value == value}  # what is no number is not known
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -49,6 +49,8 @@ class Record(BaseModel):
 class Versioned(Record):
     """What is written to a file, or to standard output with `--json`."""
 
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].insert(0, "format"))  # the default is for who writes
+
     format: Literal[1] = Field(FORMAT, description="version of the format")
 
 
@@ -329,7 +331,7 @@ class FailureReport(Versioned):
     """`failed.json`: what is known of a run that failed. Where the process of a pair of a cohort died, that is little."""
 
     id: str | None = Field(None, description="of the pair of a cohort")
-    status: Literal["failed"] = Field("failed", description="failed")
+    status: Literal["failed"] = Field(description="failed")
     error: ErrorFacts = Field(description="what went wrong")
     method: str | None = Field(None, description="as in `report.json`")
     fixed: ImageFacts | None = Field(None, description="as in `report.json`")
@@ -453,7 +455,7 @@ class ValidationScores(Record):
 class TrainingReport(Versioned):
     """`report.json` of `train` and of `finetune-oneshot PAIRS.csv`."""
 
-    status: Literal["ok"] = Field("ok", description="ok")
+    status: Literal["ok"] = Field(description="ok")
     method: str = Field(description="of the network")
     folder: str = Field(description="the run folder, absolute")
     outputs: TrainingOutputs = Field(description="the files that were written, relative to the folder")

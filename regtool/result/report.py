@@ -80,6 +80,7 @@ def failure_report(error: Exception, start: RunStart) -> FailureReport:
     explained = error if isinstance(error, RegtoolError) else RegtoolError(f"{type(error).__name__}: {error}")
     parameters = start.resolved.parameters
     return FailureReport(
+        status="failed",
         error=ErrorFacts(type=type(error).__name__, what=explained.what, tip=explained.tip, exit_code=explained.exit_code),
         method=parameters.method or "refine",
         fixed=image_facts(start.fixed_source, start.fixed),

@@ -134,6 +134,7 @@ class RunFolder:
         """Written as report.json, last."""
         drawn = PAIRS if (self.folder / PAIRS).exists() else None
         found = TrainingReport(
+            status="ok",
             method=str(self.parameters.method),
             folder=str(self.folder.resolve()),
             outputs=TrainingOutputs(model=MODEL, state=STATE, history=HISTORY, curves=CURVES, parameters=PARAMETERS, pairs=drawn),

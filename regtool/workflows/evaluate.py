@@ -97,7 +97,7 @@ def evaluate_list(
         raise InputError(f"no pair of {source} could be evaluated", tip=f"the first of them: {failed[0].error}" if failed else None)
     summary = summarized(cases, names)
     if table is not None:
-        write_text(table, cases_csv(summary.cases))
+        write_text(table, cases_csv(cases))
     return EvaluationListReport(
         list=str(source),
         protocol=protocol,
