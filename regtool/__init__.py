@@ -65,7 +65,7 @@ def register(
     )
     result = work(request)
     displacement = displacement_to_sitk(result.displacements[0])
-    return Registration(image_to_sitk(result.warped), displacement, _transform(displacement), result.report)
+    return Registration(image_to_sitk(result.warped), displacement, _transform(displacement), result.report.model_dump(mode="json"))
 
 
 def _transform(displacement: sitk.Image) -> sitk.Transform:

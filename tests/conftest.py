@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
 from regtool.geometry.transforms import DisplacementField
+from regtool.report.schema import RegistrationReport
 
 torch.set_flush_denormal(True)
 torch.set_num_threads(1)  # the tests are many and small: they run side by side instead
@@ -133,3 +135,17 @@ def blobs(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> n
 
 def corners(grid: Grid) -> np.ndarray:
     return np.array(list(itertools.product(*[(0, n - 1) for n in grid.size])))
+
+
+def registration_report(**more: Any) -> RegistrationReport:
+    """The report of a registration, every key that must be there; `more` replaces and adds."""
+    image = {"path": "b.nii", "sha256": "fedcba9876543210", "size": [10, 20, 30], "spacing": [1.0, 1.0, 2.5], "orientation": "LPS"}
+    facts = {
+        "status": "ok", "method": "voxelmorph", "model": {"name": None, "sha256": None}, "fixed": image, "moving": image, "outputs": {},
+        "similarity": {"name": "lncc", "reason": "as asked for", "before": 0.1234, "after": 0.5678},
+        "jacobian": {"min": -0.25, "max": 3.0, "mean": 1.01, "folding_percent": 0.125, "sd_log": 0.2},
+        "displacement_mm": {"mean": 1.25, "max": 4.5}, "stages": [], "seconds": {"read": 0.25, "total": 7.5}, "peak_memory_mb": 812.0,
+        "planned_memory_mb": 900.0, "grids": {}, "device": "cpu", "threads": 1, "seed": 0, "versions": {"regtool": "0.1.0"}, "command": "regtool",
+        "warnings": [], "qc": [],
+    }  # fmt: skip
+    return RegistrationReport.model_validate(facts | more)

@@ -19,7 +19,7 @@ STOREYS = {
     "preprocessing": 3, "evaluation": 3, "report": 3,
     "methods": 4,
     "registration": 5, "training": 5,
-    "cohort": 6,
+    "cohort": 6, "result": 6,
     "workflows": 7,
     "cli": 8, "__init__": 8, "__main__": 9,
 }  # fmt: skip

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from regtool.cli.signals import graceful_shutdown
+    from regtool.report.schema import CohortReport
     from regtool.workflows.cohort import CohortEvent
 
 PAIRS = "Pairs"
@@ -170,20 +171,20 @@ def cohort(
     with _view(quiet) as watch:
         report = work(request, watch, graceful_shutdown)
     emit(report, _summary(report, output), as_json)
-    return int(report["exit_code"])
+    return report.exit_code
 
 
-def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
-    counts = [f"{report['ok']} ok"]
+def _summary(report: CohortReport, output: Path) -> list[tuple[str, str]]:
+    counts = [f"{report.ok} ok"]
     words = {"qc_failed": "failed quality control", "failed": "failed", "not_run": "not run", "skipped": "of all were finished before"}
     counts += [f"{report[key]} {text}" for key, text in words.items() if report[key]]
-    rows = [("pairs", f"{report['pairs']}: {', '.join(counts)}")]
-    if "pairs_per_minute" in report:
-        rows.append(("speed", f"{report['pairs_per_minute']:.1f} pairs a minute, {clock(report['seconds'])} in all"))
-    rows += [(one["id"], one.get("error", "")) for one in report["not_good"][:LATEST]]
-    more = len(report["not_good"]) - LATEST
+    rows = [("pairs", f"{report.pairs}: {', '.join(counts)}")]
+    if report.pairs_per_minute is not None:
+        rows.append(("speed", f"{report.pairs_per_minute:.1f} pairs a minute, {clock(report.seconds)} in all"))
+    rows += [(one.id, one.error or "") for one in report.not_good[:LATEST]]
+    more = len(report.not_good) - LATEST
     rows += [("", f"and {more} more")] if more > 0 else []
-    return [*rows, ("table", str(output / report["outputs"]["results"])), ("page", str(output / report["outputs"]["page"]))]
+    return [*rows, ("table", str(output / report.outputs.results)), ("page", str(output / report.outputs.page))]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from regtool.registration.adaptation import ProgressCallback as Told
+    from regtool.report.schema import Record
 
 
 class Log(Console):
@@ -43,12 +44,12 @@ def drop(stream: TextIO | None) -> None:
 stderr = Log(stderr=True, highlight=False, soft_wrap=True)
 
 
-def emit(result: dict[str, Any], table: list[tuple[str, str]], as_json: bool) -> None:
+def emit(result: Record | dict[str, Any], table: list[tuple[str, str]], as_json: bool) -> None:
     """The result of a verb on stdout: one JSON object (what is no number is null), or a short table of two columns."""
     if as_json:
         from regtool.io.files import strict_json
 
-        print(strict_json(result))
+        print(strict_json(result if isinstance(result, dict) else result.model_dump()))
         return
     width = max(len(name) for name, _ in table)
     if sys.stdout is None or not sys.stdout.isatty():  # for `grep` and `cut`: a line a row, whatever its length

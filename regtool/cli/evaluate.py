@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from regtool.cli.console import emit, logs, stderr
 from regtool.cli.options import EXTRA, IMAGES, FixedOption, FixHeader, Json, MovingOption, Overwrite, Quiet, Verbose, pair
 from regtool.config.choices import Protocol
+
+if TYPE_CHECKING:
+    from regtool.report.schema import Difference, EvaluationListReport, EvaluationReport, MeanFacts
 
 COHORT = "Cohort"
 WORST = 5  # cases that the table names
@@ -119,59 +122,58 @@ def evaluate(
             fixed, runs or (), protocol, table=csv, skip_missing=skip_missing, fix_header=fix_header, overwrite=overwrite, on_progress=show
         )  # fmt: skip
         emit(found, list_rows(found), as_json)
-        return max((failure["exit_code"] for failure in found["failed"]), default=0)
+        return max((failure.exit_code for failure in found.failed), default=0)
     _refuse(of_list, "one pair is evaluated", "a list of pairs alone is followed by --runs")
     f, m = pair(fixed, moving, fixed_option, moving_option)
+    from regtool.io.inputs import PairFiles
     from regtool.workflows.evaluate import evaluate as work
-    from regtool.workflows.register import Request
 
-    request = Request(
-        f, m, fixed_mask=fixed_mask, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_landmarks=fixed_landmarks,
+    files = PairFiles(
+        fixed=f, moving=m, fixed_mask=fixed_mask, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_landmarks=fixed_landmarks,
         moving_landmarks=moving_landmarks, fix_header=fix_header,
     )  # fmt: skip
-    report = work(request, transform or (), inverse, protocol)
+    report = work(files, transform or (), inverse, protocol)
     emit(report, pair_rows(report), as_json)
     return 0
 
 
-def pair_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def pair_rows(report: EvaluationReport) -> list[tuple[str, str]]:
     """The table of one pair."""
     from regtool.evaluation.summary import numbers
 
-    before, after = numbers(report["before"]), numbers(report.get("after", {}))
-    rows = _heading(report)
+    before, after = numbers(report.before.model_dump()), numbers(report.after.model_dump() if report.after else {})
+    rows = _heading(report, "dice" in before)
     for key, name, unit in _shown({**before, **after}):
         parts = [f"{_number(values[key])}{unit} {when}" for when, values in (("before", before), ("after", after)) if key in values]
         rows.append((name, ", ".join(parts) if before and after else parts[0].removesuffix(" before")))
     return rows
 
 
-def list_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def list_rows(report: EvaluationListReport) -> list[tuple[str, str]]:
     """The table of a list: means with their confidence intervals, runs compared, the worst cases."""
     from regtool.evaluation.summary import numbers
 
-    columns = {"before": report["before"], **report["runs"]}
-    rows = [("pairs", str(report["pairs"])), *_heading(report)]
+    columns = {"before": report.before, **report.runs}
+    rows = [("pairs", str(report.pairs)), *_heading(report, "dice" in report.before)]
     for key, name, unit in _shown({k: None for values in columns.values() for k in values}):
         parts = [f"{_interval(values[key])}{unit} {when}" for when, values in columns.items() if key in values]
-        rows.append((name, ", ".join(parts) if report["runs"] else parts[0].removesuffix(" before")))
-        for pairing in report.get("compared", []):
-            if key in pairing["metrics"]:
-                rows.append((f"  {pairing['second']} - {pairing['first']}", _difference(pairing["metrics"][key], unit)))
-    names, metric = list(report["runs"]), report["worst_by"]
+        rows.append((name, ", ".join(parts) if report.runs else parts[0].removesuffix(" before")))
+        for pairing in report.compared or ():
+            if key in pairing.metrics:
+                rows.append((f"  {pairing.second} - {pairing.first}", _difference(pairing.metrics[key], unit)))
+    names, metric = list(report.runs), report.worst_by
     change = f", {names[-1]} - {names[0]}" if len(names) > 1 else ""
-    for case in report["cases"][:WORST] if metric else []:
-        found = {"before": numbers(case["before"]), **{name: numbers(case["runs"][name]) for name in names}}
+    for case in report.cases[:WORST] if metric else ():
+        found = {"before": numbers(case.before.model_dump()), **{name: numbers(case.runs[name].model_dump()) for name in names}}
         shown = ", ".join(f"{_number(values[metric])} {when}" for when, values in found.items() if metric in values)
-        rows.append((f"worst {metric}{change}", f"{case['id']}: {shown if names else shown.removesuffix(' before')}"))
-    rows += [("left out", f"{failure['id']}: {failure['error']}") for failure in report["failed"]]
-    return [*rows, *([("written to", report["table"])] if "table" in report else [])]
+        rows.append((f"worst {metric}{change}", f"{case.id}: {shown if names else shown.removesuffix(' before')}"))
+    rows += [("left out", f"{failure.id}: {failure.error}") for failure in report.failed]
+    return [*rows, *([("written to", report.table)] if report.table else [])]
 
 
-def _heading(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [("note", report["note"])] if "note" in report else []
-    shown = report["before"]
-    return [*rows, ("labels carried by", f"{report['label_interpolation']} neighbour")] if "dice" in shown else rows
+def _heading(report: EvaluationReport | EvaluationListReport, labels: bool) -> list[tuple[str, str]]:
+    rows = [("note", report.note)] if report.note else []
+    return [*rows, *([("labels carried by", f"{report.label_interpolation} neighbour")] if labels else [])]
 
 
 def _shown(known: Iterable[str]) -> list[tuple[str, str, str]]:
@@ -191,15 +193,15 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-def _interval(found: Mapping[str, float]) -> str:
-    mean, low, high = (found[k] for k in ("mean", "low", "high"))
-    return f"{_number(mean)} ({_number(low)} to {_number(high)})" if low == low else _number(mean)
+def _interval(found: MeanFacts) -> str:
+    known = found.low == found.low
+    return f"{_number(found.mean)} ({_number(found.low)} to {_number(found.high)})" if known else _number(found.mean)
 
 
-def _difference(found: Mapping[str, Any], unit: str) -> str:
-    p = found["p"]
+def _difference(found: Difference, unit: str) -> str:
+    p = found.p
     chance = "" if p != p else f", p {p:.2g}" if p >= 1e-4 else ", p < 0.0001"
-    return f"{_interval(found['difference'])}{unit}{chance}, n {found['difference']['n']}"
+    return f"{_interval(found.difference)}{unit}{chance}, n {found.difference.n}"
 
 
 def _is_list(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,6 +47,9 @@ from regtool.cli.options import (
     settings,
 )
 from regtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from regtool.report.schema import RegistrationReport
 
 UNTIL = "until-converged"
 
@@ -184,7 +187,7 @@ def finetune_oneshot(
     with progress(quiet) as on_progress:
         report = finetune(request, from_scratch, on_progress).report
     emit(report, _summary(report, folder), as_json)
-    return 0 if report["status"] == "ok" else 4
+    return 0 if report.status == "ok" else 4
 
 
 def _site(request: dict[str, Any], as_json: bool, quiet: bool, verbose: int) -> int:
@@ -198,7 +201,8 @@ def _site(request: dict[str, Any], as_json: bool, quiet: bool, verbose: int) -> 
 
     with train.view(quiet) as watch:
         report = finetune_site(Request(**request), watch, graceful_shutdown)
-    emit(report, train.summary(report, request["output"]), as_json)
+    if report is not None:  # of several processes the first one talks
+        emit(report, train.summary(report, request["output"]), as_json)
     return 0
 
 
@@ -210,15 +214,16 @@ def _steps(iterations: str) -> int:
     return int(iterations)
 
 
-def _summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+def _summary(report: RegistrationReport, output: Path) -> list[tuple[str, str]]:
     """That of `register`, and what the network learned."""
-    found = report["finetuning"]
-    similarity = found["similarity"]
+    found = report.finetuning
+    assert found is not None
+    similarity = found.similarity
     rows = register.summary(report, output)
-    start = "from scratch" if found["parent"] is None else f"from {found['parent']['name']}"
-    kept = f"those after step {found['best_step']} are kept" if found["best_step"] else "the weights are those from before"
+    start = "from scratch" if found.parent is None else f"from {found.parent.name}"
+    kept = f"those after step {found.best_step} are kept" if found.best_step else "the weights are those from before"
     learned = [
-        ("learned", f"{start}, {found['steps']} steps; {kept}" + (" (it diverged)" if found["diverged"] else "")),
-        (f"network alone ({similarity['name']})", f"{similarity['before']:.4f} before, {similarity['after']:.4f} after"),
+        ("learned", f"{start}, {found.steps} steps; {kept}" + (" (it diverged)" if found.diverged else "")),
+        (f"network alone ({similarity.name})", f"{similarity.before:.4f} before, {similarity.after:.4f} after"),
     ]
-    return [*rows[:1], *learned, *rows[1:], ("model", str(output / report["outputs"]["model"]))]
+    return [*rows[:1], *learned, *rows[1:], ("model", str(output / str(report.outputs.model)))]

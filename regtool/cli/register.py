@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from regtool.cli.console import emit, logs, progress
 from regtool.cli.options import (
@@ -45,6 +45,9 @@ from regtool.cli.options import (
     pair,
     settings,
 )
+
+if TYPE_CHECKING:
+    from regtool.report.schema import RegistrationReport, TimePoint
 
 
 def register(
@@ -138,34 +141,34 @@ def register(
         result = work(request, on_progress)
     report = result.report
     emit(report, summary(report, request.output), as_json)
-    return 0 if report["status"] == "ok" else 4
+    return 0 if report.status == "ok" else 4
 
 
-def _stages(found: dict[str, Any]) -> str:
-    return ", ".join(s["name"] + ("" if s["kept"] else " (not used)") for s in found["stages"])
+def _stages(found: RegistrationReport | TimePoint) -> str:
+    return ", ".join(s.name + ("" if s.kept else " (not used)") for s in found.stages)
 
 
-def summary(report: dict[str, Any], output: Path | None) -> list[tuple[str, str]]:
+def summary(report: RegistrationReport, output: Path | None) -> list[tuple[str, str]]:
     """The short table."""
-    similarity, jacobian, seconds = report["similarity"], report["jacobian"], report["seconds"]
+    similarity, jacobian, length = report.similarity, report.jacobian, report.displacement_mm
     kept = _stages(report)
-    undone = [t["name"] for t in report.get("time_points", ()) if _stages(t) != kept]
+    undone = [one.name for one in report.time_points or () if _stages(one) != kept]
     rows = [
-        ("method", ", ".join(x for x in (report["method"], report["model"]["name"]) if x)),
+        ("method", ", ".join(x for x in (report.method, report.model.name) if x)),
         ("stages", kept + (f"; otherwise at {', '.join(undone)}" if undone else "")),
-        (f"similarity ({similarity['name']})", f"{similarity['before']:.4f} before, {similarity['after']:.4f} after"),
+        (f"similarity ({similarity.name})", f"{similarity.before:.4f} before, {similarity.after:.4f} after"),
     ]
     for key, label, unit in (("dice", "Dice", ""), ("tre_mm", "landmark error", " mm")):
-        if "after" in report and key in report["after"]:
-            rows.append((label, f"{report['before'][key]['mean']:.3f}{unit} before, {report['after'][key]['mean']:.3f}{unit} after"))
+        if report.before is not None and report.after is not None and key in report.after:
+            rows.append((label, f"{report.before[key].mean:.3f}{unit} before, {report.after[key].mean:.3f}{unit} after"))
     rows += [
-        ("displacement", f"{report['displacement_mm']['mean']:.2f} mm mean, {report['displacement_mm']['max']:.2f} mm largest"),
-        ("folding", f"{jacobian['folding_percent']:.4g} % of the voxels; Jacobian {jacobian['min']:.3f} to {jacobian['max']:.3f}"),
-        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05 or k == "total")),
-        ("memory", f"{report['peak_memory_mb']:.0f} MB on {report['device']}"),
+        ("displacement", f"{length.mean:.2f} mm mean, {length.max:.2f} mm largest"),
+        ("folding", f"{jacobian.folding_percent:.4g} % of the voxels; Jacobian {jacobian.min:.3f} to {jacobian.max:.3f}"),
+        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.model_dump().items() if v >= 0.05 or k == "total")),
+        ("memory", f"{report.peak_memory_mb:.0f} MB on {report.device}"),
     ]
-    rows += [("quality", f"{c['name']}: {c['value']:.4g}, limit {c['limit']:g}: FAILED") for c in report["qc"] if not c["passed"]]
+    rows += [("quality", f"{c.name}: {c.value:.4g}, limit {c.limit:g}: FAILED") for c in report.qc if not c.passed]
     if output is not None:
         rows.append(("written to", str(output)))
-        rows += [("quality page", str(output / report["outputs"]["qc"]))] if "qc" in report["outputs"] else []
+        rows += [("quality page", str(output / report.outputs.qc))] if report.outputs.qc else []
     return rows

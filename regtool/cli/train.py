@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from regtool.cli.options import METHOD, OUTPUT, RUN, Device, FixHeader, Json, Ma
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from regtool.report.schema import TrainingReport
     from regtool.workflows.train import ProgressEvent
 
 DATA = "Pairs"
@@ -124,22 +125,22 @@ def train(
     )
     with view(quiet) as watch:
         report = work(request, watch, graceful_shutdown)
-    if "model" in report:  # of several processes the first one talks
+    if report is not None:  # of several processes the first one talks
         emit(report, summary(report, output), as_json)
 
 
-def summary(report: dict[str, Any], output: Path) -> list[tuple[str, str]]:
+def summary(report: TrainingReport, output: Path) -> list[tuple[str, str]]:
     """The short table."""
     rows = [
-        ("method", str(report["method"])),
-        ("pairs", f"{report.get('pairs', 'synthetic ones, no two alike,')} to learn from, {report['validation_pairs']} to validate with"),
-        ("steps", f"{report['steps']} in {report['minutes']:.1f} minutes; the model is that of step {report['best_step']}"),
+        ("method", str(report.method)),
+        ("pairs", f"{report.pairs or 'synthetic ones, no two alike,'} to learn from, {report.validation_pairs} to validate with"),
+        ("steps", f"{report.steps} in {report.minutes:.1f} minutes; the model is that of step {report.best_step}"),
     ]
-    if "after" in report:
+    if report.before is not None and report.after is not None:
         for key, name in NAMES.items():
-            if key in report["after"]:
-                rows.append((name, f"{report['before'][key]:.4f} before, {report['after'][key]:.4f} after"))
-    return [*rows, ("model", str(output / report["outputs"]["model"])), ("curves", str(output / report["outputs"]["curves"]))]
+            if key in report.before and key in report.after:
+                rows.append((name, f"{report.before[key]:.4f} before, {report.after[key]:.4f} after"))
+    return [*rows, ("model", str(output / report.outputs.model)), ("curves", str(output / report.outputs.curves))]
 
 
 @contextlib.contextmanager

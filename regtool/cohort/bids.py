@@ -15,6 +15,7 @@ from regtool.errors import InputError, UsageError
 from regtool.io.files import explained, strict_json, write_text
 from regtool.io.images import suffix_of
 from regtool.io.pairs import Entry, Pair, Pairs
+from regtool.report.schema import REPORT, RegistrationReport
 
 VERSION = "1.10.0"
 LAST = ("space", "res", "den", "label", "desc")  # entities of derivatives, which stand behind those of the image
@@ -105,18 +106,19 @@ def target_names(pair: Pair) -> dict[str, str]:
     return {kind: str(name.folder() / text) for kind, text in found.items()}
 
 
-def export(dataset: Path, pair: PairFolder, names: Mapping[str, str], report: dict[str, Any]) -> None:
-    """Moves the outputs of a pair to their BIDS names, each with a JSON sidecar; `report["outputs"]` names them from then on.
+def export(dataset: Path, pair: PairFolder, names: Mapping[str, str], report: RegistrationReport) -> RegistrationReport:
+    """Moves the outputs of a pair to their BIDS names, each with a JSON sidecar; the report with the names from then on.
 
     The report on disk goes first, so that a pair cut short in between is visibly unfinished.
     """
+    outputs: dict[str, str | tuple[str, ...]] = {}
     with explained(dataset):
-        (pair.folder / "report.json").unlink(missing_ok=True)
+        (pair.folder / REPORT).unlink(missing_ok=True)
         for kind, name in names.items():
-            if kind not in report["outputs"]:
+            if kind not in report.outputs:
                 continue
-            written = report["outputs"][kind]
-            frames = written if isinstance(written, list) else [written]
+            written = report.outputs[kind]
+            frames = [written] if isinstance(written, str) else written
             moved = []
             for t, file in enumerate(frames):
                 stem = name if len(frames) == 1 else _numbered(name, t)
@@ -125,7 +127,8 @@ def export(dataset: Path, pair: PairFolder, names: Mapping[str, str], report: di
                 os.replace(pair.folder / file, target)
                 write_text(dataset / f"{stem}.json", strict_json(_sidecar(kind, pair, report)) + "\n")
                 moved.append(os.path.relpath(target, pair.folder))
-            report["outputs"][kind] = moved if isinstance(written, list) else moved[0]
+            outputs[kind] = moved[0] if isinstance(written, str) else tuple(moved)
+    return report.model_copy(update={"outputs": report.outputs.model_copy(update=outputs)})
 
 
 def describe(dataset: Path, source: Path | None) -> None:
@@ -145,7 +148,7 @@ def _numbered(name: str, t: int) -> str:
     return f"{head}t{t:03d}_{ending}" if "_desc-" in head else f"{head}_desc-t{t:03d}_{ending}"
 
 
-def _sidecar(kind: str, pair: PairFolder, report: Mapping[str, Any]) -> dict[str, Any]:
+def _sidecar(kind: str, pair: PairFolder, report: RegistrationReport) -> dict[str, Any]:
     paths = {role: str(path) for role, path in pair.inputs.items()}
     if kind in ("warped", "warped_labels"):
         source = paths["moving_labels" if kind == "warped_labels" else "moving"]
@@ -155,4 +158,4 @@ def _sidecar(kind: str, pair: PairFolder, report: Mapping[str, Any]) -> dict[str
         form = "ITK transform" if kind == "transform" else "displacement in mm, LPS"
         text = f"{form}; resamples From onto To, and so maps points of To to points of From"
         found = {"From": paths[start], "To": paths[end], "Sources": [paths["fixed"], paths["moving"]], "Description": text}
-    return {**found, "GeneratedBy": {"Name": "regtool", "Version": report["versions"]["regtool"], "Method": report["method"]}}
+    return {**found, "GeneratedBy": {"Name": "regtool", "Version": report.versions["regtool"], "Method": report.method}}

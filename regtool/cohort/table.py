@@ -27,25 +27,21 @@ def row_of(pair: PairFolder) -> dict[str, Any]:
         failure = pair.failure()
         if failure is None:
             return row
-        error, seconds = failure.get("error", {}), failure.get("seconds", {})
-        return row | {
-            "status": "failed",
-            "error": error.get("what", ""),
-            "exit_code": error.get("exit_code", 1),
-            "seconds": seconds.get("total", 0.0),
-        }
-    similarity, jacobian, displacement = report["similarity"], report["jacobian"], report["displacement_mm"]
-    row |= {"status": report["status"], "exit_code": 0 if report["status"] == "ok" else 4, "seconds": report["seconds"]["total"]}
-    row |= {"similarity": similarity["name"], "similarity_before": similarity["before"], "similarity_after": similarity["after"]}
-    row |= {"folding_percent": jacobian["folding_percent"], "jacobian_min": jacobian["min"], "jacobian_sd_log": jacobian["sd_log"]}
-    row |= {"displacement_mm_mean": displacement["mean"], "displacement_mm_max": displacement["max"], "warnings": len(report["warnings"])}
-    failed = [f"{c['name']} is {c['value']:.4g}, limit {c['limit']:g}" for c in report["qc"] if not c["passed"]]
+        error = failure.error
+        return row | {"status": "failed", "error": error.what, "exit_code": error.exit_code, "seconds": failure.seconds.total}
+    similarity, jacobian, displacement = report.similarity, report.jacobian, report.displacement_mm
+    row |= {"status": report.status, "exit_code": 0 if report.status == "ok" else 4, "seconds": report.seconds.total}
+    row |= {"similarity": similarity.name, "similarity_before": similarity.before, "similarity_after": similarity.after}
+    row |= {"folding_percent": jacobian.folding_percent, "jacobian_min": jacobian.min, "jacobian_sd_log": jacobian.sd_log}
+    row |= {"displacement_mm_mean": displacement.mean, "displacement_mm_max": displacement.max, "warnings": len(report.warnings)}
+    failed = [f"{check.name} is {check.value:.4g}, limit {check.limit:g}" for check in report.qc if not check.passed]
     row |= {"error": "; ".join(failed)} if failed else {}
-    for when in ("before", "after"):
-        found = report.get(when, {})
-        row |= {f"{key}_{when}": found[key]["mean"] for key in ("dice", "tre_mm") if key in found}
-        row |= {f"dice_{when}_{label}": value for label, value in found.get("dice", {}).get("labels", {}).items()}
-    return row
+    for when, scores in (("before", report.before), ("after", report.after)):
+        if scores is not None and scores.dice is not None:
+            row |= {f"dice_{when}": scores.dice.mean, **{f"dice_{when}_{label}": value for label, value in scores.dice.labels.items()}}
+        if scores is not None and scores.tre_mm is not None:
+            row[f"tre_mm_{when}"] = scores.tre_mm.mean
+    return {column: value for column, value in row.items() if value == value}  # what is no number is not known
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

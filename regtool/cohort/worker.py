@@ -15,14 +15,9 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
-
-from regtool.cohort.folder import FAILED
-
-if TYPE_CHECKING:
-    pass
 
 from regtool.cohort.tasks import LOG_BYTES, Answer, Task, failed_answer
+from regtool.report.schema import FAILED
 
 AGAIN = (1, 5)  # exit codes that may be otherwise another time; wrong input stays wrong
 COMMAND = (sys.executable, "-m", "regtool.workflows.serve")

@@ -1,4 +1,4 @@
-"""What a voxel grid holds: Image and Labels; and Landmarks."""
+"""What a voxel grid holds: Image and Labels; and Landmarks; and what is known of a pair of images besides them."""
 
 from __future__ import annotations
 
@@ -73,6 +73,16 @@ class Landmarks:
 
     points: Array
     names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What is known of a pair besides its images. masks: in [0, 1], where similarity counts; labels, landmarks: of the fixed, of the moving image."""
+
+    fixed_mask: Image | None = None
+    moving_mask: Image | None = None
+    labels: tuple[Labels, Labels] | None = None
+    landmarks: tuple[Landmarks, Landmarks] | None = None
 
 
 def check_shape(what: str, data: torch.Tensor, grid: Grid, lead: int) -> None:

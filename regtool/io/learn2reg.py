@@ -13,7 +13,7 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.transforms import DisplacementField
 from regtool.io.files import atomic, require_file
 from regtool.io.images import suffix_of, to_sitk
-from regtool.io.intact import safe_for_itk
+from regtool.io.intact import nifti_kind, safe_for_itk
 from regtool.io.nifti import itk_reason
 
 
@@ -54,3 +54,8 @@ def write_learn2reg(field: DisplacementField, path: Path) -> None:
             sitk.WriteImage(image, str(temporary), useCompression=True, compressionLevel=1)
         except RuntimeError as error:
             raise OutputError(f"cannot write {path}: {itk_reason(error)}") from error
+
+
+def is_learn2reg(path: Path, ndim: int) -> bool:
+    """Whether a file is a NIfTI of one axis more than the image, as the challenge's fields are (a field of ITK has five axes)."""
+    return path.is_file() and suffix_of(path) in (".nii", ".nii.gz") and nifti_kind(path)[0] == ndim + 1

@@ -11,7 +11,7 @@ import torch
 from regtool.config.registration import Metric
 from regtool.config.schema import Parameters
 from regtool.geometry.grid import Grid
-from regtool.geometry.images import Image, Labels, Landmarks
+from regtool.geometry.images import Annotations, Image
 from regtool.geometry.transforms import Transform
 from regtool.methods.base import Engine
 from regtool.preprocessing.batch import Batch
@@ -48,16 +48,6 @@ class Setup:
     def learns(self) -> bool:
         """Whether a network is trained on the pair."""
         return self.engine is None or self.adapt
-
-
-@dataclass(frozen=True, kw_only=True)
-class Annotations:
-    """What is known of a pair besides its images. masks: in [0, 1], where similarity counts; labels, landmarks: of the fixed, of the moving image."""
-
-    fixed_mask: Image | None = None
-    moving_mask: Image | None = None
-    labels: tuple[Labels, Labels] | None = None
-    landmarks: tuple[Landmarks, Landmarks] | None = None
 
 
 class _Memory(NamedTuple):

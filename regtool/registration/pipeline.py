@@ -16,7 +16,7 @@ from regtool.deformation.smooth import extrapolate_displacement
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.folding import repair_folding
 from regtool.geometry.grid import Grid
-from regtool.geometry.images import Image
+from regtool.geometry.images import Annotations, Image
 from regtool.geometry.jacobian import JacobianStatistics, jacobian_determinant, jacobian_statistics, min_one_sided_jacobian
 from regtool.geometry.sampling import displacement_on, grid_points, mask_on_grid, transform_points, warp
 from regtool.geometry.transforms import Affine, DisplacementField, Transform
@@ -29,7 +29,7 @@ from regtool.registration.acceptance import MATCH_ALREADY, Stage, least_gain
 from regtool.registration.adaptation import Learned, learn
 from regtool.registration.initialization import align
 from regtool.registration.memory import PairSize, Plan, make_plan
-from regtool.registration.pair import Annotations, PreparedPair, Setup
+from regtool.registration.pair import PreparedPair, Setup
 from regtool.registration.refinement import refine
 from regtool.registration.selection import decide_to_deform, restrict_to_overlap, select_similarity
 from regtool.registration.state import Candidate, RegistrationState, accept_if_improved

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -11,8 +10,7 @@ from regtool.errors import GeometryError
 from regtool.geometry.grid import Array
 from regtool.geometry.images import Image, Labels
 from regtool.geometry.transforms import DisplacementField
-
-Threshold = tuple[str, float, float, bool]  # name, value, limit, passed
+from regtool.report.schema import FailureReport, RegistrationReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +39,7 @@ class LandmarkErrors:
 
 @dataclass(frozen=True, eq=False)
 class PageContent:
-    """All that the page shows. Every number comes from `report`, the contents of report.json.
+    """All that the page shows. Every number comes from `report`.
 
     frames: one for each registered time point, none where the moving image cannot be brought onto the fixed grid; labels: of the fixed image, of
     the moving one before and after, each on a grid of its own; labels and landmarks belong to the first frame.
@@ -50,8 +48,7 @@ class PageContent:
     title: str
     fixed: Image
     frames: tuple[Frame, ...]
-    report: dict[str, Any]
-    thresholds: list[Threshold] = field(default_factory=list)
+    report: RegistrationReport | FailureReport
     labels: tuple[Labels, Labels, Labels] | None = None
     landmarks: LandmarkErrors | None = None
 

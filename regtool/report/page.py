@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from regtool.report.content import LandmarkErrors, PageContent
 from regtool.report.figures import qc_png
+from regtool.report.schema import Check, FailureReport, ImageFacts, Record, RegistrationReport, Scores, StageFacts, TimePoint
 from regtool.report.volumes import viewer
 from regtool.similarity import SIMILARITIES
 
@@ -37,17 +37,19 @@ NAMES = {
     "nmse": "normalised mean squared error",
 }
 UNITS = {"_mm": " mm", "_percent": " %", "_mb": " MB"}
+PARTS = {"mean": "mean", "median": "median", "p95": "95th percentile"}
 CURVE = 560, 150  # pixels of the loss curve
 
 
 def qc_html(content: PageContent) -> str:
     """The whole page; the same content always gives the same page."""
     report = content.report
-    status = str(report.get("status", "done"))
-    tone, verdict = VERDICTS.get(status, ("warn", status.replace("_", " ")))
+    done = report if isinstance(report, RegistrationReport) else None
+    tone, verdict = VERDICTS[report.status]
     style, script = ((TEMPLATE / name).read_text(encoding="utf-8") for name in ("style.css", "viewer.js"))
     volumes = viewer(content)
-    checks = [_check(*threshold) for threshold in content.thresholds]
+    checks = [_check(check) for check in done.qc] if done else []
+    tables = (("Images", _images(report)), ("Run", _run(report)), ("Seconds", _seconds(report)))
     return str(
         environment().get_template("page.html").render(
             title=content.title,
@@ -58,19 +60,19 @@ def qc_html(content: PageContent) -> str:
             verdict=verdict,
             findings=_findings(report, checks),
             checks=checks,
-            warnings=report.get("warnings") or [],
+            warnings=report.warnings or (),
             viewer=volumes,
             coarsened=volumes["size"] != volumes["native"],
-            across=_across_modalities((report.get("similarity") or {}).get("name")),
-            comparison=_comparison(report),
-            per_label=_per_label(report),
-            deformation=_deformation(report),
-            landmarks=_landmarks(report, content.landmarks),
-            stages=[_stage(s) for s in report.get("stages") or []],
-            time_points=[_time_point(t, one) for t, one in enumerate(report.get("time_points") or [])],
-            curve=_curve(report.get("losses") or []),
-            tables=[(heading, rows) for heading, rows in (("Images", _images(report)), ("Run", _run(report)), ("Seconds", _seconds(report))) if rows],
-            command=_command(report.get("command")),
+            across=done is not None and _across_modalities(done.similarity.name),
+            comparison=_comparison(done) if done else [],
+            per_label=_per_label(done) if done else [],
+            deformation=_deformation(done) if done else [],
+            landmarks=_landmarks(done, content.landmarks) if done else [],
+            stages=[_stage(stage) for stage in done.stages] if done else [],
+            time_points=[_time_point(t, one) for t, one in enumerate(done.time_points or ())] if done else [],
+            curve=_curve(done.losses or ()) if done else None,
+            tables=[(heading, rows) for heading, rows in tables if rows],
+            command=report.command or "",
         )
     )  # fmt: skip
 
@@ -95,76 +97,76 @@ def number(value: object) -> str:
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
 
 
-def _check(name: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
+def _check(check: Check) -> dict[str, Any]:
     """`max_tre_mm` as landmark error, 1.5 mm, at most 5 mm."""
-    bare, unit = _bare(name.removeprefix("max_").removeprefix("min_"))
+    bare, unit = _bare(check.name.removeprefix("max_").removeprefix("min_"))
     words = {"dice": "mean Dice", "tre": "mean landmark error", "displacement": "largest displacement"}.get(bare, bare)
-    bound = f"at {'least' if name.startswith('min_') else 'most'} {number(limit)}{unit}"
-    return {"key": name, "name": words, "value": f"{number(value)}{unit}", "limit": bound, "passed": passed}
+    bound = f"at {'least' if check.name.startswith('min_') else 'most'} {number(check.limit)}{unit}"
+    return {"key": check.name, "name": words, "value": f"{number(check.value)}{unit}", "limit": bound, "passed": check.passed}
 
 
-def _findings(report: dict[str, Any], checks: list[dict[str, Any]]) -> list[str]:
+def _findings(report: RegistrationReport | FailureReport, checks: list[dict[str, Any]]) -> list[str]:
     """What stands under the verdict: the thresholds that failed, the error, or how many passed."""
-    error = report.get("error") or {}
-    if error:
-        return [f"{prefix}{error[key]}" for key, prefix in (("what", ""), ("tip", "tip: ")) if error.get(key)]
+    if isinstance(report, FailureReport):
+        return [report.error.what, *([f"tip: {report.error.tip}"] if report.error.tip else [])]
     failed = [f"{c['name']}: {c['value']}, should be {c['limit']}" for c in checks if not c["passed"]]
     return failed or [f"{len(checks)} of {len(checks)} thresholds met" if checks else "no thresholds were set"]
 
 
-def _comparison(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _comparison(report: RegistrationReport) -> list[tuple[str, str, str]]:
     """(name, before, after) of everything that was measured twice."""
-    rows: list[tuple[str, str, str]] = []
-    similarity = report.get("similarity") or {}
-    if similarity:
-        rows.append((f"similarity, {similarity.get('name', '')}", number(similarity.get("before")), number(similarity.get("after"))))
-    before, after = report.get("before") or {}, report.get("after") or {}
-    for key, value in after.items():
+    similarity = report.similarity
+    rows = [(f"similarity, {similarity.name}", number(similarity.before), number(similarity.after))]
+    before, after = report.before or Scores(), report.after or Scores()
+    for key in Scores.model_fields:
         name, unit = NAMES.get(key, _bare(key)[0]), _bare(key)[1]
-        for part in ("mean", "median", "p95") if isinstance(value, dict) else ("",):
-            pair = [(x.get(key) or {}).get(part) if part else x.get(key) for x in (before, after)]
-            if all(isinstance(x, int | float) for x in pair):
-                title = f"{name}, {'95th percentile' if part == 'p95' else part}" if part else name
-                rows.append((title, *(f"{number(x)}{unit}" for x in pair)))  # type: ignore[arg-type]
+        start, end = getattr(before, key), getattr(after, key)
+        found = [(name, start, end)]
+        if isinstance(start, Record) and isinstance(end, Record):
+            found = [(f"{name}, {words}", start[part], end[part]) for part, words in PARTS.items() if part in start and part in end]
+        rows += [(title, f"{number(x)}{unit}", f"{number(y)}{unit}") for title, x, y in found if isinstance(x, float) and isinstance(y, float)]
     return rows
 
 
-def _per_label(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _per_label(report: RegistrationReport) -> list[tuple[str, str, str]]:
     """(label, Dice before, Dice after)."""
-    before, after = (((report.get(when) or {}).get("dice") or {}).get("labels") or {} for when in ("before", "after"))
-    return [(str(label), number(before.get(label)), number(value)) for label, value in after.items()]
+    before, after = (scores.dice.labels if scores and scores.dice else {} for scores in (report.before, report.after))
+    return [(label, number(before.get(label)), number(value)) for label, value in after.items()]
 
 
-def _deformation(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _deformation(report: RegistrationReport) -> list[tuple[str, str]]:
     """Lengths and volume changes."""
-    length, jacobian = report.get("displacement_mm") or {}, report.get("jacobian") or {}
-    rows = [(f"displacement, {words}", f"{number(length[key])} mm") for key, words in (("mean", "mean"), ("max", "largest")) if key in length]
-    if "folding_percent" in jacobian:
-        rows.append(("folding", f"{number(jacobian['folding_percent'])} % of the voxels"))
-    words = {"min": "smallest", "max": "largest", "mean": "mean", "sd_log": "spread of its logarithm"}
-    return rows + [(f"Jacobian determinant, {words[key]}", number(jacobian[key])) for key in words if key in jacobian]
+    length, jacobian = report.displacement_mm, report.jacobian
+    return [
+        ("displacement, mean", f"{number(length.mean)} mm"),
+        ("displacement, largest", f"{number(length.max)} mm"),
+        ("folding", f"{number(jacobian.folding_percent)} % of the voxels"),
+        ("Jacobian determinant, smallest", number(jacobian.min)),
+        ("Jacobian determinant, largest", number(jacobian.max)),
+        ("Jacobian determinant, mean", number(jacobian.mean)),
+        ("Jacobian determinant, spread of its logarithm", number(jacobian.sd_log)),
+    ]
 
 
-def _landmarks(report: dict[str, Any], errors: LandmarkErrors | None) -> list[tuple[int, str, str]]:
+def _landmarks(report: RegistrationReport, errors: LandmarkErrors | None) -> list[tuple[int, str, str]]:
     """(index, before, after) mm, the worst first; the index counts from 0."""
-    before, after = (((report.get(when) or {}).get("tre_mm") or {}).get("each") or [] for when in ("before", "after"))
+    before, after = (scores.tre_mm.each if scores and scores.tre_mm else () for scores in (report.before, report.after))
     if errors is None or not len(before) == len(after) == len(errors.points):
         return []
     return [(k, number(before[k]), number(after[k])) for k in sorted(range(len(after)), key=lambda k: -after[k])]
 
 
-def _stage(stage: dict[str, Any]) -> dict[str, Any]:
+def _stage(stage: StageFacts) -> dict[str, Any]:
     """The alignment alone may be left out without harm: the headers agree already."""
-    kept = bool(stage.get("kept"))
-    words = "kept" if kept else "not used" if stage.get("name") == "align" else "rolled back"
-    numbers = {key: number(stage[key]) if stage.get(key) is not None else "" for key in ("similarity", "seconds")}
-    return {"name": str(stage.get("name")), "kept": kept, "words": words, "reason": str(stage.get("reason") or ""), **numbers}
+    words = "kept" if stage.kept else "not used" if stage.name == "align" else "rolled back"
+    facts = {"name": stage.name, "kept": stage.kept, "words": words, "reason": stage.reason}
+    return {**facts, "similarity": number(stage.similarity), "seconds": number(stage.seconds)}
 
 
-def _time_point(index: int, one: dict[str, Any]) -> tuple[str, ...]:
+def _time_point(index: int, one: TimePoint) -> tuple[str, ...]:
     """Time, similarity before and after, folding, largest displacement."""
-    similarity, values = one["similarity"], (one["jacobian"]["folding_percent"], one["displacement_mm"]["max"])
-    return (str(index), number(similarity["before"]), number(similarity["after"]), f"{number(values[0])} %", f"{number(values[1])} mm")
+    similarity = number(one.similarity.before), number(one.similarity.after)
+    return (str(index), *similarity, f"{number(one.jacobian.folding_percent)} %", f"{number(one.displacement_mm.max)} mm")
 
 
 def _curve(losses: Sequence[float]) -> dict[str, Any] | None:
@@ -179,43 +181,34 @@ def _curve(losses: Sequence[float]) -> dict[str, Any] | None:
     return {"points": points, "width": width, "height": height, "low": number(low), "high": number(high), "steps": len(losses)}
 
 
-def _images(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _images(report: RegistrationReport | FailureReport) -> list[tuple[str, str]]:
     """Path, size, spacing, orientation and hash of both images."""
-    rows = []
-    for role in ("fixed", "moving"):
-        facts = report.get(role) or {}
-        size = " × ".join(str(n) for n in facts.get("size") or [])
-        spacing = " × ".join(number(s) for s in facts.get("spacing") or [])
-        parts = (
-            (role, str(facts.get("path") or "")), ("size", size), ("spacing", f"{spacing} mm" if spacing else ""),
-            ("axes", str(facts.get("orientation") or "")), ("SHA-256", (facts.get("sha256") or "")[:16]),
-        )  # fmt: skip
-        rows += [(name, value) for name, value in parts if value]
-    return rows
+    both = (("fixed", report.fixed), ("moving", report.moving))
+    return [row for role, facts in both if facts is not None for row in _image(role, facts) if row[1]]
 
 
-def _run(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _image(role: str, facts: ImageFacts) -> list[tuple[str, str]]:
+    size, spacing = " × ".join(str(n) for n in facts.size), " × ".join(number(s) for s in facts.spacing)
+    named = [(role, facts.path or ""), ("size", size), ("spacing", f"{spacing} mm")]
+    return [*named, ("axes", facts.orientation), ("SHA-256", (facts.sha256 or "")[:16])]
+
+
+def _run(report: RegistrationReport | FailureReport) -> list[tuple[str, str]]:
     """Method, model, similarity, device, seed, memory, versions."""
-    model, similarity = report.get("model") or {}, report.get("similarity") or {}
-    rows = [("method", str(report["method"]))] if report.get("method") else []
-    if model.get("name"):
-        rows.append(("model", " ".join(str(x) for x in (model["name"], (model.get("sha256") or "")[:12]) if x)))
-    if similarity.get("reason"):
-        rows.append(("similarity", f"{similarity.get('name')}: {similarity['reason']}"))
-    rows += [(key, str(report[key])) for key in ("device", "threads", "seed") if report.get(key) is not None]
-    if report.get("peak_memory_mb") is not None:
-        rows.append(("peak memory", f"{report['peak_memory_mb']:.0f} MB"))
-    return rows + [(str(name), str(version)) for name, version in (report.get("versions") or {}).items()]
+    rows = [("method", report.method)] if report.method else []
+    if isinstance(report, RegistrationReport):
+        model, similarity = report.model, report.similarity
+        rows += [("model", " ".join(x for x in (model.name, (model.sha256 or "")[:12]) if x))] if model.name else []
+        rows += [("similarity", f"{similarity.name}: {similarity.reason}")] if similarity.reason else []
+        rows += [("device", report.device), ("threads", str(report.threads))]
+    rows += [("seed", str(report.seed))] if report.seed is not None else []
+    rows += [("peak memory", f"{report.peak_memory_mb:.0f} MB")] if report.peak_memory_mb is not None else []
+    return rows + list((report.versions or {}).items())
 
 
-def _seconds(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _seconds(report: RegistrationReport | FailureReport) -> list[tuple[str, str]]:
     """Where the time went."""
-    return [(name, f"{number(value)} s") for name, value in (report.get("seconds") or {}).items() if value or name == "total"]
-
-
-def _command(command: object) -> str:
-    """As it was typed, whether the report holds one string or the words."""
-    return shlex.join(str(word) for word in command) if isinstance(command, list | tuple) else str(command or "")
+    return [(name, f"{number(value)} s") for name, value in report.seconds.model_dump().items() if value or name == "total"]
 
 
 def _bare(name: str) -> tuple[str, str]:

@@ -15,18 +15,21 @@ from regtool.config.schema import Parameters
 from regtool.config.toml import new_name
 from regtool.errors import InputError, ParameterError
 from regtool.io.checkpoints import read_checkpoint, write_checkpoint
-from regtool.io.files import atomic, require_file, sha256, strict_json, write_text
+from regtool.io.files import atomic, require_file, sha256, write_text
 from regtool.methods import engine_section
 from regtool.methods.model_file import save_model
 from regtool.preprocessing.batch import Batch
 from regtool.report.curves import Row, curves_png
+from regtool.report.files import write_report
 from regtool.report.pairs import pairs_png
+from regtool.report.schema import REPORT, ModelFacts, TrainingOutputs, TrainingReport, ValidationScores
+from regtool.runtime import peak_memory_mb, versions
 from regtool.training.trainer import Trainer, Validation
 
 log = logging.getLogger("regtool")
 
-MODEL, STATE, HISTORY, CURVES, PARAMETERS, REPORT, PAIRS = (
-    "model.safetensors", "state.safetensors", "history.csv", "curves.png", "parameters.toml", "report.json", "pairs.png",
+MODEL, STATE, HISTORY, CURVES, PARAMETERS, PAIRS = (
+    "model.safetensors", "state.safetensors", "history.csv", "curves.png", "parameters.toml", "pairs.png",
 )  # fmt: skip
 FREE = (
     "max_minutes",
@@ -127,24 +130,27 @@ class RunFolder:
         log.info("going on after step %d", progress.step)
         return progress
 
-    def report(self, progress: TrainingState, more: Mapping[str, Any]) -> dict[str, Any]:
+    def report(self, progress: TrainingState, *, command: str, warnings: Sequence[str]) -> TrainingReport:
         """Written as report.json, last."""
-        path = self.folder / MODEL
-        drawn = {"pairs": PAIRS} if (self.folder / PAIRS).exists() else {}
-        found: dict[str, Any] = {
-            "status": "ok",
-            "method": self.parameters.method,
-            "folder": str(self.folder.resolve()),
-            "outputs": {"model": MODEL, "state": STATE, "history": HISTORY, "curves": CURVES, "parameters": PARAMETERS, **drawn},
-            "model": {"name": self.folder.resolve().name, "sha256": sha256(path)},
-            "steps": progress.step,
-            "best_step": progress.best_at,
+        drawn = PAIRS if (self.folder / PAIRS).exists() else None
+        found = TrainingReport(
+            status="ok",
+            method=str(self.parameters.method),
+            folder=str(self.folder.resolve()),
+            outputs=TrainingOutputs(model=MODEL, state=STATE, history=HISTORY, curves=CURVES, parameters=PARAMETERS, pairs=drawn),
+            model=ModelFacts(name=self.folder.resolve().name, sha256=sha256(self.folder / MODEL)),
+            steps=progress.step,
+            best_step=progress.best_at,
             **self.training,
-            "minutes": round(progress.seconds / 60, 2),
-            **{name: numbers(v) for name, v in (("before", progress.before), ("after", progress.best)) if v is not None},
-            **more,
-        }
-        write_text(self.folder / REPORT, strict_json(found) + "\n")
+            minutes=round(progress.seconds / 60, 2),
+            before=_scores(progress.before),
+            after=_scores(progress.best),
+            peak_memory_mb=peak_memory_mb(),
+            versions=versions(),
+            command=command,
+            warnings=tuple(warnings),
+        )
+        write_report(found, self.folder / REPORT)
         return found
 
     def _write_history(self, history: list[Row]) -> None:
@@ -168,6 +174,10 @@ class RunFolder:
 def numbers(validation: Validation) -> dict[str, float]:
     """What is known, by name."""
     return {name: round(value, 6) for name, value in asdict(validation).items() if value is not None}
+
+
+def _scores(validation: Validation | None) -> ValidationScores | None:
+    return None if validation is None else ValidationScores(**numbers(validation))
 
 
 def deciding(parameters: Parameters) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from regtool.cohort import bids
 from regtool.cohort.cluster import ClusterPool
-from regtool.cohort.folder import IDENTITY, LOGS, PAGE, RESULTS, PairFolder, read_identity, write_identity
+from regtool.cohort.folder import LOGS, PAGE, RESULTS, PairFolder, read_identity, write_identity
 from regtool.cohort.pools import LocalPool, Pool, shares
 from regtool.cohort.table import row_of, write_results
 from regtool.cohort.tasks import Answer, Task
@@ -22,6 +22,7 @@ from regtool.io.files import check_folder, sha256, write_text
 from regtool.io.pairs import Pair, Pairs, read_list
 from regtool.methods.resolve import resolve
 from regtool.report.cohort import cohort_html
+from regtool.report.schema import IDENTITY, CohortIdentity, CohortOutputs, CohortReport, FailedCase
 from regtool.runtime import Graceful, pick_device, uninterrupted
 
 WORST = (0, 4, 3, 2, 5, 1)  # exit codes of pairs, the worst last
@@ -74,7 +75,7 @@ class CohortEvent:
     finished: Row | None = None
 
 
-def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None, graceful: Graceful = uninterrupted) -> dict[str, Any]:
+def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None, graceful: Graceful = uninterrupted) -> CohortReport:
     """Registers every pair that is not finished, writes results.csv and cohort.html, and returns the summary; `exit_code` is that of the worst pair.
 
     Pairs fail alone. Raises, before the first pair, InputError for a wrong list (missing files all at once), UsageError for the folder of another
@@ -193,7 +194,7 @@ def _folder(request: Request, pair: Pair) -> PairFolder:
     return PairFolder(pair.id, (parent / pair.id).absolute(), {role: path.absolute() for role, path in inputs.items()})
 
 
-def _identity(request: Request, folders: Sequence[PairFolder], parameters: Parameters, model: Path | None) -> dict[str, Any]:
+def _identity(request: Request, folders: Sequence[PairFolder], parameters: Parameters, model: Path | None) -> CohortIdentity:
     """What makes a cohort that cohort: its pairs, and all that decides their results."""
     tables = parameters.model_dump(mode="json", exclude={*ELSEWHERE})
     method = tables.pop("method")
@@ -201,14 +202,14 @@ def _identity(request: Request, folders: Sequence[PairFolder], parameters: Param
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items() if f"{section}.{key}" not in FREE}
     initial = parameters.run.initial_transform
     files = {"model": model, "initial transform": None if initial is None else Path(initial)}
-    return {
-        "pairs": {pair.id: {role: str(path) for role, path in pair.inputs.items()} for pair in folders},
-        "parameters": {"method": method, **flat, "fix_header": request.fix_header, "bids": request.bids},
-        "files": {name: None if path is None or not path.exists() else sha256(path) for name, path in files.items()},
-    }
+    return CohortIdentity(
+        pairs={pair.id: {role: str(path) for role, path in pair.inputs.items()} for pair in folders},
+        parameters={"method": method, **flat, "fix_header": request.fix_header, "bids": request.bids},
+        files={name: None if path is None or not path.exists() else sha256(path) for name, path in files.items()},
+    )
 
 
-def _open(request: Request, identity: Mapping[str, Any], mine: Sequence[PairFolder]) -> None:
+def _open(request: Request, identity: CohortIdentity, mine: Sequence[PairFolder]) -> None:
     """Makes the folder this cohort's. UsageError for another cohort's, or for one that is there already without being asked to go on."""
     output = request.output
     if output.exists() and not output.is_dir():
@@ -225,18 +226,19 @@ def _open(request: Request, identity: Mapping[str, Any], mine: Sequence[PairFold
     if request.overwrite:
         for pair in there:
             pair.clear()
-    if known is None or known["pairs"] != identity["pairs"]:
+    if known is None or known.pairs != identity.pairs:
         write_identity(output, identity)
 
 
-def _same(output: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def _same(output: Path, known: CohortIdentity, identity: CohortIdentity) -> None:
     """UsageError, or ParameterError, saying in what two cohorts differ. Pairs may have been added."""
     tip = "name another output with -o, or start anew with --overwrite"
-    then, now = {**known["parameters"], **known["files"]}, {**identity["parameters"], **identity["files"]}
-    other = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    before, after = {**known.parameters, **known.files}, {**identity.parameters, **identity.files}
+    changes = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    other = [f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changes]
     if other:
         raise ParameterError(f"{output} is a cohort with other parameters: {'; '.join(other[:5])}{'; ...' if len(other) > 5 else ''}", tip=tip)
-    then, now = known["pairs"], identity["pairs"]
+    then, now = known.pairs, identity.pairs
     changed = [name for name in then if name in now and now[name] != then[name]]
     if changed:
         role = next(r for r in sorted({*then[changed[0]], *now[changed[0]]}) if then[changed[0]].get(r) != now[changed[0]].get(r))
@@ -262,14 +264,20 @@ def _gather(request: Request, folders: Sequence[PairFolder]) -> list[Row]:
         written = rows
 
 
-def _summary(request: Request, rows: Sequence[Row], mine: range, skipped: int, seconds: float) -> dict[str, Any]:
+def _summary(request: Request, rows: Sequence[Row], mine: range, skipped: int, seconds: float) -> CohortReport:
     own = [rows[k] for k in mine]
     counts = {status: sum(row["status"] == status for row in own) for status in ("ok", "qc_failed", "failed", "not_run")}
     done = len(own) - counts["not_run"] - skipped
-    found: dict[str, Any] = {"status": next((status for status in ("not_run", "failed", "qc_failed") if counts[status]), "ok")}
-    found |= {"folder": str(request.output.resolve()), "pairs": len(own), **counts, "skipped": skipped, "seconds": round(seconds, 3)}
-    if done:
-        found["pairs_per_minute"] = round(done / seconds * 60, 2)
-    failed = [{key: row[key] for key in ("id", "error", "exit_code") if key in row} for row in own if row["status"] in ("failed", "qc_failed")]
-    found["exit_code"] = max((int(row.get("exit_code", 0)) for row in own), key=WORST.index, default=0)
-    return {**found, "not_good": failed, "outputs": {"results": RESULTS, "page": PAGE}}
+    bad = [row for row in own if row["status"] in ("failed", "qc_failed")]
+    return CohortReport(
+        status=next((status for status in ("not_run", "failed", "qc_failed") if counts[status]), "ok"),
+        folder=str(request.output.resolve()),
+        pairs=len(own),
+        **counts,
+        skipped=skipped,
+        seconds=round(seconds, 3),
+        pairs_per_minute=round(done / seconds * 60, 2) if done else None,
+        exit_code=max((int(row.get("exit_code", 0)) for row in own), key=WORST.index, default=0),
+        not_good=tuple(FailedCase(**{key: row[key] for key in ("id", "error", "exit_code") if key in row}) for row in bad),
+        outputs=CohortOutputs(results=RESULTS, page=PAGE),
+    )

@@ -17,10 +17,11 @@ from regtool.methods.model_file import save_model
 from regtool.methods.pretrained import pretrained
 from regtool.methods.resolve import Resolved, resolve
 from regtool.registration.adaptation import ProgressCallback
+from regtool.report.schema import Change, Finetuning, ImageFacts, LearnedFrom, LearnedPair, ModelFacts, RegistrationReport, Similarity, TrainingReport
+from regtool.result.outcome import Outcome
 from regtool.runtime import Graceful, uninterrupted
 from regtool.training.run_folder import MODEL
 from regtool.workflows import register, train
-from regtool.workflows.outcome import Outcome
 
 PAIR = {"refine": {"iterations": 0}, "oneshot": {"iterations": 50}}
 CONVERGED = ("oneshot.iterations=3000", "oneshot.patience=300")  # overrides; 3000: what the paper calls convergence
@@ -44,8 +45,8 @@ def finetune(request: register.Request, from_scratch: bool = False, progress: Pr
     return register.register(request, progress, _resolved, _Adapted())
 
 
-def finetune_site(request: train.Request, watch: train.Watch | None = None, graceful: Graceful = uninterrupted) -> dict[str, Any]:
-    """`train` from a model's weights on a few pairs, until those held out get no better; returns what report.json holds.
+def finetune_site(request: train.Request, watch: train.Watch | None = None, graceful: Graceful = uninterrupted) -> TrainingReport | None:
+    """`train` from a model's weights on a few pairs, until those held out get no better; returns the report.
 
     Defaults are those of `train` but for SITE, and HELD_OUT where no validation list is given. Raises what `train` raises; UsageError without a
     model, InputError where nothing can be held out.
@@ -86,33 +87,39 @@ class _Adapted:
 
     verb = "finetune-oneshot"
 
-    def write(self, outcome: Outcome, report: dict[str, Any], stage: Path, name: str) -> dict[str, str]:
+    def write(self, outcome: Outcome, report: RegistrationReport, stage: Path, name: str) -> RegistrationReport:
         """model.safetensors; `model` of the report becomes it, `finetuning` says how it came about."""
-        learned, resolved = outcome.done[0].learned, outcome.resolved
+        learned, resolved = outcome.done[0].learned, outcome.start.resolved
         assert learned is not None
         card = resolved.card or {}
-        sources = {"fixed": outcome.fixed_source, "moving": outcome.moving_source}
-        record = {
-            "parent": report["model"] if resolved.card is not None else None,
-            "pair": {side: {"file": None if path is None else path.name, "sha256": report[side].get("sha256")} for side, path in sources.items()},
-            "steps": len(learned.losses) - 1 if learned.losses else 0,
-            "best_step": learned.steps,
-            "learning_rate": learned.rate,
-            "loss": dict(zip(("before", "after"), learned.loss, strict=True)),
-            "similarity": {"name": learned.metric, **dict(zip(("before", "after"), learned.similarity, strict=True))},
-            "diverged": learned.diverged,
-        }
+        record = Finetuning(
+            parent=report.model if resolved.card is not None else None,
+            pair=LearnedPair(
+                fixed=_learned_from(outcome.start.fixed_source, report.fixed), moving=_learned_from(outcome.start.moving_source, report.moving)
+            ),
+            steps=len(learned.losses) - 1 if learned.losses else 0,
+            best_step=learned.steps,
+            learning_rate=learned.rate,
+            loss=Change(before=learned.loss[0], after=learned.loss[1]),
+            similarity=Similarity(name=learned.metric, before=learned.similarity[0], after=learned.similarity[1]),
+            diverged=learned.diverged,
+        )
         save_model(
             stage / MODEL,
             learned.engine,
             _of_model(resolved),
             name=name,
-            training=record,
+            training=record.model_dump(),
             licence=card.get("licence", ""),
             citation=card.get("citation", ""),
         )
-        report["finetuning"], report["model"] = record, {"name": name, "sha256": sha256(stage / MODEL)}
-        return {"model": MODEL}
+        outputs = report.outputs.model_copy(update={"model": MODEL})
+        model = ModelFacts(name=name, sha256=sha256(stage / MODEL))
+        return report.model_copy(update={"finetuning": record, "model": model, "outputs": outputs})
+
+
+def _learned_from(source: Path | None, facts: ImageFacts) -> LearnedFrom:
+    return LearnedFrom(file=None if source is None else source.name, sha256=facts.sha256)
 
 
 def _of_model(resolved: Resolved) -> Parameters:

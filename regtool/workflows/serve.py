@@ -38,11 +38,11 @@ def perform(task: Task, resolver: Resolver) -> Answer:
         request = Request(**paths, output=pair.folder, parameter_file=file, overrides=tuple(task.overrides), fix_header=task.fix_header)
         report = register(replace(request, overwrite=True, command=task.command), None, resolver).report
         if task.names:
-            export(Path(task.cohort), pair, task.names, report)
-        pair.finish(report | {"id": pair.id, "inputs": stamps})
+            report = export(Path(task.cohort), pair, task.names, report)
+        pair.finish(report, stamps)
     except Exception as error:
         return failed_answer(task.id, error)
-    return Answer(task.id, report["status"], 0 if report["status"] == "ok" else 4)
+    return Answer(task.id, report.status, 0 if report.status == "ok" else 4)
 
 
 def serve() -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from regtool.methods.resolve import resolve
 from regtool.preprocessing.batch import Batch
 from regtool.registration.initialization import align
 from regtool.registration.memory import check_training, too_large
+from regtool.report.schema import REPORT, TrainingReport
 from regtool.runtime import (
     Graceful,
     StopRequest,
@@ -41,12 +41,11 @@ from regtool.runtime import (
     pick_device,
     seeded,
     uninterrupted,
-    versions,
 )
 from regtool.training.augmentation import augmented
 from regtool.training.dataset import Align, Dataset, Order
 from regtool.training.distributed import DistributedContext, process_group
-from regtool.training.run_folder import MODEL, PAIRS, REPORT, STATE, RunFolder, TrainingState, numbers
+from regtool.training.run_folder import MODEL, PAIRS, STATE, RunFolder, TrainingState, numbers
 from regtool.training.synthesis import synthetic
 from regtool.training.trainer import Trainer, evenly_spaced
 
@@ -95,8 +94,10 @@ class ProgressEvent:
 Watch = Callable[[ProgressEvent], None]
 
 
-def train(request: Request, watch: Watch | None = None, graceful: Graceful = uninterrupted) -> dict[str, Any]:
-    """Trains, and returns what report.json holds. graceful: around the steps, tells when to stop.
+def train(request: Request, watch: Watch | None = None, graceful: Graceful = uninterrupted) -> TrainingReport | None:
+    """Trains, and returns the report; None in all processes but the first, where several train together.
+
+    graceful: around the steps, tells when to stop.
 
     Raises UsageError and ParameterError (wrong or changed parameters, a run that is there), InputError (lists, images, resume state),
     OutOfMemory with the largest grid that fits, DivergedError, OutputError. The last checkpoint stays whole in any case.
@@ -129,8 +130,7 @@ def train(request: Request, watch: Watch | None = None, graceful: Graceful = uni
                 folder,
                 watch,
             ).run(held_out.pairs, asked)
-        more = {"peak_memory_mb": peak_memory_mb(), "versions": versions(), "command": request.command, "warnings": warnings}
-        return folder.report(progress, more) if ranks.first else {"status": "ok"}
+        return folder.report(progress, command=request.command, warnings=warnings) if ranks.first else None
 
 
 def _first_engine(request: Request, parameters: Parameters, ndim: int) -> Engine:

@@ -421,8 +421,8 @@ def test_killed_while_writing_nothing_looks_finished(pair: tuple[Path, Path], tm
     code = """
 import os, signal, sys
 from regtool.cli.app import main
-from regtool.workflows import outcome
-outcome.write_transform = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from regtool.result import folder
+folder.write_transform = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
     done = subprocess.run([sys.executable, "-c", code, "register", *pair, *QUICK, "-o", "out"], capture_output=True, timeout=60)

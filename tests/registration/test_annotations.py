@@ -11,13 +11,13 @@ import torch
 from regtool.errors import InputError
 from regtool.evaluation.overlap import dice
 from regtool.geometry.grid import Grid
-from regtool.geometry.images import Image, Labels, Landmarks
+from regtool.geometry.images import Annotations, Image, Labels, Landmarks
 from regtool.geometry.jacobian import jacobian_determinant
 from regtool.geometry.sampling import resample, transform_points, warp, warp_labels
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.images import write_image
 from regtool.methods.resolve import resolve
-from regtool.registration.pair import Annotations, PreparedPair, Setup
+from regtool.registration.pair import PreparedPair, Setup
 from regtool.registration.pipeline import register_pair
 from regtool.runtime import Clock
 from regtool.workflows.register import Request, register

@@ -18,6 +18,8 @@ from regtool.geometry.images import Image, Labels
 from regtool.geometry.transforms import DisplacementField
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.page import qc_html
+from regtool.report.schema import FailureReport
+from tests.conftest import registration_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -103,7 +105,7 @@ def content(grid: Grid, **more: Any) -> PageContent:
         "title": "</script><script>alert(1)</script><img src=x onerror=alert(2)>",
         "fixed": grey(0, grid, 10.0),
         "frames": frames,
-        "report": {"status": "ok", "losses": [2.0, 1.0, 0.5], "warnings": ["<img src=x onerror=alert(3)>"]},
+        "report": registration_report(losses=[2.0, 1.0, 0.5], warnings=["<img src=x onerror=alert(3)>"]),
         "labels": (Labels(labels, grid), Labels(labels.roll(2, -1), grid), Labels(labels, grid)),
         "landmarks": LandmarkErrors(point, error, error / 5),
     }
@@ -203,7 +205,8 @@ def test_time_points_and_failed_runs(browser: Any, tmp_path: Path) -> None:
         shown.page.wait_for_timeout(200)
         assert shown.colour(0, 0.5, 0.3)[0] == pytest.approx(level, abs=6)
     assert shown.complaints == []
-    report = {"status": "failed", "error": {"what": "no <b>overlap</b>"}}
+    error = {"what": "no <b>overlap</b>", "tip": None, "exit_code": 3}
+    report = FailureReport.model_validate({"status": "failed", "error": error, "seconds": {"total": 1.0}})
     for some in ((Frame("0", grey(160, grid)),), ()):
         shown = Shown(browser, tmp_path, content(grid, frames=some, labels=None, landmarks=None, report=report))
         assert "no <b>overlap</b>" in shown.page.locator("header").text_content()

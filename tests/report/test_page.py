@@ -23,33 +23,29 @@ from regtool.geometry.transforms import DisplacementField
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.figures import anatomy, planes, window
 from regtool.report.page import number, qc_html, qc_png
+from regtool.report.schema import FailureReport, RegistrationReport
 from regtool.report.volumes import FRAMES, display_grid, sheet, shrunk
-from tests.conftest import random_grid, random_image, smooth_field
+from tests.conftest import random_grid, random_image, registration_report, smooth_field
 
-REPORT = {
-    "status": "qc_failed",
-    "method": "voxelmorph",
-    "model": {"name": "brain", "sha256": "0123456789abcdef"},
-    "fixed": {"path": "<script>alert(1)</script>.nii", "size": [10, 20, 30], "spacing": [1.0, 1.0, 2.5]},
-    "moving": {"path": "b.nii", "size": [10, 20, 30], "spacing": [1.0, 1.0, 2.5]},
-    "similarity": {"name": "lncc", "before": 0.1234, "after": 0.5678},
-    "jacobian": {"min": -0.25, "max": 3.0, "mean": 1.01, "folding_percent": 0.125, "sd_log": 0.2},
-    "stages": [
-        {"name": "align", "kept": True, "seconds": 0.5, "similarity": 0.2},
-        {"name": "network", "kept": False, "seconds": 1.5, "similarity": 0.1},
+Reported = RegistrationReport | FailureReport
+REPORT = registration_report(
+    status="qc_failed",
+    model={"name": "brain", "sha256": "0123456789abcdef"},
+    fixed={"path": "<script>alert(1)</script>.nii", "size": [10, 20, 30], "spacing": [1.0, 1.0, 2.5], "orientation": "LPS"},
+    stages=[
+        {"name": "align", "kept": True, "seconds": 0.5, "similarity": 0.2, "reason": ""},
+        {"name": "network", "kept": False, "seconds": 1.5, "similarity": 0.1, "reason": ""},
     ],
-    "displacement_mm": {"mean": 1.25, "max": 4.5},
-    "before": {"dice": {"mean": 0.5, "labels": {"1": 0.5}}, "tre_mm": {"mean": 9.0, "median": 9.0, "p95": 9.0, "each": [9.0]}, "ncc": 0.25},
-    "after": {"dice": {"mean": 0.75, "labels": {"1": 0.75}}, "tre_mm": {"mean": 1.5, "median": 1.5, "p95": 1.5, "each": [1.5]}, "ncc": 0.875},
-    "losses": [3.0, 2.0, 1.0, float("nan"), 0.5],
-    "seconds": {"read": 0.25, "total": 7.5},
-    "peak_memory_mb": 812.0,
-    "device": "cpu",
-    "seed": 0,
-    "versions": {"regtool": "0.1.0"},
-    "command": ["regtool", "register", "a b.nii", "c.nii"],
-    "warnings": ["a <b>strange</b> header"],
-}
+    before={"dice": {"mean": 0.5, "labels": {"1": 0.5}}, "tre_mm": {"mean": 9.0, "median": 9.0, "p95": 9.0, "each": [9.0]}, "ncc": 0.25},
+    after={"dice": {"mean": 0.75, "labels": {"1": 0.75}}, "tre_mm": {"mean": 1.5, "median": 1.5, "p95": 1.5, "each": [1.5]}, "ncc": 0.875},
+    losses=[3.0, 2.0, 1.0, None, 0.5],
+    command="regtool register 'a b.nii' c.nii",
+    warnings=["a <b>strange</b> header"],
+    qc=[
+        {"name": "max_folding_percent", "value": 0.125, "limit": 0.1, "passed": False},
+        {"name": "min_similarity_gain", "value": 0.44, "limit": 0.1, "passed": True},
+    ],
+)
 
 
 def frame(grid: Grid, seed: int = 2, name: str = "0") -> Frame:
@@ -58,13 +54,10 @@ def frame(grid: Grid, seed: int = 2, name: str = "0") -> Frame:
 
 
 def content(
-    grid: Grid, title: str = "moving to fixed", report: dict | None = None, frames: tuple[Frame, ...] | None = None, **more: object
+    grid: Grid, title: str = "moving to fixed", report: Reported | None = None, frames: tuple[Frame, ...] | None = None, **more: object
 ) -> PageContent:
-    thresholds = [("max_folding_percent", 0.125, 0.1, False), ("min_similarity_gain", 0.44, 0.1, True)]
     frames = (frame(grid),) if frames is None else frames
-    return PageContent(
-        **({"title": title, "fixed": random_image(grid, 1), "frames": frames, "report": report or {}, "thresholds": thresholds} | more)
-    )
+    return PageContent(**({"title": title, "fixed": random_image(grid, 1), "frames": frames, "report": report or registration_report()} | more))
 
 
 def carried(page: str) -> dict:
@@ -152,17 +145,18 @@ def test_only_our_own_script_may_run_and_nothing_is_fetched() -> None:
     assert policy.group(1) == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
-def test_page_of_an_empty_report() -> None:
-    page = qc_html(content(Grid.regular((12, 10)), thresholds=[]))
+def test_page_without_thresholds() -> None:
+    page = qc_html(content(Grid.regular((12, 10))))
     assert "no thresholds were set" in page
-    assert page == qc_html(content(Grid.regular((12, 10)), thresholds=[]))
+    assert page == qc_html(content(Grid.regular((12, 10))))
 
 
 @pytest.mark.parametrize("known", ["both images", "the fixed image"])
 def test_page_of_a_failed_run(ndim: int, known: str) -> None:
     grid = Grid.regular((12, 10, 8)[:ndim])
-    report = {"status": "failed", "error": {"what": "no <overlap>", "tip": "look at it"}}
-    made = content(grid, report=report, frames=(Frame("0", random_image(grid, 2)),) if known == "both images" else (), thresholds=[])
+    error = {"what": "no <overlap>", "tip": "look at it", "exit_code": 3}
+    report = FailureReport.model_validate({"status": "failed", "error": error, "seconds": {"total": 1.0}})
+    made = content(grid, report=report, frames=(Frame("0", random_image(grid, 2)),) if known == "both images" else ())
     page = qc_html(made)
     for text in ("The run failed", "no &lt;overlap&gt;", "tip: look at it"):
         assert text in page
@@ -318,7 +312,7 @@ def test_large_pair_is_small_and_quick(kind: str) -> None:
     image = Image(random, grid)
     labels = Labels((random > 0).long() + (random > 1), grid)
     field = DisplacementField(random.expand(3, *grid.shape).contiguous(), grid)
-    made = PageContent("large", image, (Frame("0", image, image, field, 1 + random[0]),), {}, [], (labels, labels, labels))
+    made = PageContent("large", image, (Frame("0", image, image, field, 1 + random[0]),), registration_report(), (labels, labels, labels))
     start = time.process_time()
     page = qc_html(made)
     qc_png(made)

@@ -316,6 +316,10 @@ def test_another_cohort_is_refused(tmp_path: Path, inline: None) -> None:
     source.write_text(text + text.splitlines()[1].replace("a,", "new,", 1) + "\n")
     assert cohort(again)["skipped"] == 2  # a list may grow
     assert cohort(replace(request, overwrite=True, overrides=(*QUICK, "refine.iterations=4")))["ok"] == 3
+    identity = (out / "cohort.json").read_text()
+    (out / "cohort.json").write_text(identity.replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match=r"cohort\.json: expected format 1, got 2; a newer regtool wrote it"):
+        cohort(again)
     (out / "cohort.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         cohort(again)
@@ -494,6 +498,9 @@ def test_rows_of_any_state(tmp_path: Path) -> None:
     assert row_of(pair)["error"] == "two\nlines" and row_of(pair)["exit_code"] == 1
     (tmp_path / "a" / "report.json").write_text('{"status": "ok"')  # cut short
     assert row_of(pair)["status"] == "failed"
+    (tmp_path / "a" / "report.json").write_text('{"status": "ok", "inputs": {}, "outputs": {}}')
+    with pytest.raises(InputError, match="expected format 1, got none; an older regtool wrote it"):
+        row_of(pair)
 
 
 def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

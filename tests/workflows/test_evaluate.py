@@ -14,18 +14,18 @@ import torch
 
 from regtool.cli.app import main
 from regtool.errors import GeometryError, InputError, UsageError
-from regtool.geometry.images import Labels, Landmarks
+from regtool.geometry.images import Annotations, Labels, Landmarks
 from regtool.geometry.inversion import invert
 from regtool.geometry.sampling import transform_points
 from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.io.images import read_image, read_labels, write_displacement, write_image, write_labels
+from regtool.io.inputs import PairFiles
 from regtool.io.learn2reg import write_learn2reg
 from regtool.io.pairs import read_list
 from regtool.io.points import write_points
 from regtool.io.transforms import write_transform
+from regtool.result.outcome import AnnotationScores
 from regtool.workflows.evaluate import evaluate, evaluate_list
-from regtool.workflows.outcome import evaluated
-from regtool.workflows.register import Request
 from tests.conftest import DATA, random_grid, random_image, smooth_field
 
 
@@ -50,10 +50,10 @@ class Pair:
         for name, found in zip(("fixed", "moving"), self.points, strict=True):
             write_points(Landmarks(found), folder / f"{name}.csv")
 
-    def request(self, *given: str, **others: Path) -> Request:
+    def files(self, *given: str, **others: Path) -> PairFiles:
         names = {"labels": "{}_labels.nii.gz", "landmarks": "{}.csv"}
         extras = {f"{side}_{what}": self.folder / names[what].format(side) for what in given for side in ("fixed", "moving")}
-        return Request(self.folder / "fixed.nii.gz", self.folder / "moving.nii.gz", **extras, **others)  # type: ignore[arg-type]
+        return PairFiles(fixed=self.folder / "fixed.nii.gz", moving=self.folder / "moving.nii.gz", **extras, **others)
 
     def arguments(self) -> list[str]:
         options = {f"--{s}-{w}": f"{s}{e}" for s in ("fixed", "moving") for w, e in (("labels", "_labels.nii.gz"), ("landmarks", ".csv"))}
@@ -83,7 +83,7 @@ def call(*arguments: object) -> int:
 
 def test_dice_is_that_of_itk(tmp_path: Path, ndim: int, orientation: str) -> None:
     pair = Pair(tmp_path, ndim, orientation, seed=3)
-    report = evaluate(pair.request("labels"), [tmp_path / "transform.h5"])
+    report = evaluate(pair.files("labels"), [tmp_path / "transform.h5"])
     files = tmp_path / "fixed_labels.nii.gz", tmp_path / "moving_labels.nii.gz"
     assert report["before"]["dice"]["labels"] == pytest.approx(itk_dice(*files), abs=1e-6)
     assert report["after"]["dice"]["labels"] == pytest.approx(itk_dice(*files, tmp_path / "transform.h5"), abs=1e-6)
@@ -93,25 +93,26 @@ def test_dice_is_that_of_itk(tmp_path: Path, ndim: int, orientation: str) -> Non
 
 def test_keys(tmp_path: Path, ndim: int) -> None:
     pair = Pair(tmp_path, ndim)
-    bare = evaluate(pair.request())
+    bare = evaluate(pair.files())
     intensities = {"ncc", "lncc", "mi", "ssim", "mad_intensity", "rmse_percent"}
-    assert set(bare["before"]) == intensities and "after" not in bare
-    full = evaluate(pair.request("labels", "landmarks"), [tmp_path / "transform.h5"])
+    assert set(bare["before"].keys()) == intensities and "after" not in bare
+    full = evaluate(pair.files("labels", "landmarks"), [tmp_path / "transform.h5"])
     shapes = {"dice", "hd_mm", "hd95_mm", "sd95_mm", "assd_mm", "masd_mm", "major_axis_difference_mm", "minor_axis_difference_mm"}
-    assert set(full["before"]) == intensities | shapes | {"tre_mm"}
-    assert set(full["after"]) == set(full["before"]) | {"jacobian", "nondiffeomorphic_volume_percent"}
-    assert set(full["after"]["jacobian"]) == {"min", "max", "mean", "folding_percent", "sd_log"}
-    assert {"mean", "median", "p95", "worst30", "each"} == set(full["after"]["tre_mm"]) and len(full["after"]["tre_mm"]["each"]) == 9
+    assert set(full["before"].keys()) == intensities | shapes | {"tre_mm"}
+    assert set(full["after"].keys()) == set(full["before"].keys()) | {"jacobian", "nondiffeomorphic_volume_percent"}
+    assert set(full["after"]["jacobian"].keys()) == {"min", "max", "mean", "folding_percent", "sd_log"}
+    assert {"mean", "median", "p95", "worst30", "each"} == set(full["after"]["tre_mm"].keys()) and len(full["after"]["tre_mm"]["each"]) == 9
     for name in shapes:
-        assert set(full["after"][name]) == {"mean", "labels"}
+        assert set(full["after"][name].keys()) == {"mean", "labels"}
 
 
 def test_register_says_the_same(tmp_path: Path) -> None:
     pair = Pair(tmp_path, 3)
-    report = evaluate(pair.request("labels", "landmarks"), [tmp_path / "transform.h5"])
+    report = evaluate(pair.files("labels", "landmarks"), [tmp_path / "transform.h5"])
     both = [read_labels(tmp_path / f"{name}_labels.nii.gz") for name in ("fixed", "moving")]
     stay = Transform((Affine.identity(3),))
-    found = evaluated((both[0], both[1]), (Landmarks(pair.points[0]), Landmarks(pair.points[1])), stay, pair.transform)
+    annotations = Annotations(labels=(both[0], both[1]), landmarks=(Landmarks(pair.points[0]), Landmarks(pair.points[1])))
+    found = AnnotationScores.of(annotations, stay, pair.transform)
     for mine, theirs in ((report["before"], found.before), (report["after"], found.after)):
         assert mine["dice"]["labels"] == pytest.approx(theirs["dice"]["labels"])
         assert mine["tre_mm"]["mean"] == pytest.approx(theirs["tre_mm"]["mean"], abs=1e-4)
@@ -123,7 +124,7 @@ def test_mask(tmp_path: Path) -> None:
     inside = torch.zeros(1, *fixed.grid.shape, dtype=torch.int64)
     inside[:, 3:9, 3:10, 4:9] = 1
     write_labels(Labels(inside, fixed.grid, "uint8"), tmp_path / "mask.nii.gz")
-    whole, part = (evaluate(pair.request(**m), [tmp_path / "transform.h5"])["after"] for m in ({}, {"fixed_mask": tmp_path / "mask.nii.gz"}))
+    whole, part = (evaluate(pair.files(**m), [tmp_path / "transform.h5"])["after"] for m in ({}, {"fixed_mask": tmp_path / "mask.nii.gz"}))
     assert whole["ncc"] != part["ncc"] and whole["jacobian"]["max"] > part["jacobian"]["max"]
 
 
@@ -133,14 +134,14 @@ def test_inverse_there_and_back(tmp_path: Path, ndim: int) -> None:
     (tmp_path / "run").mkdir()
     write_transform(pair.transform, tmp_path / "run" / "transform.h5")
     write_displacement(inverse, tmp_path / "run" / "inverse_displacement.nii.gz")
-    own = evaluate(pair.request(), [tmp_path / "run"])["after"]
-    named = evaluate(pair.request(), [tmp_path / "transform.h5"], tmp_path / "run" / "inverse_displacement.nii.gz")["after"]
+    own = evaluate(pair.files(), [tmp_path / "run"])["after"]
+    named = evaluate(pair.files(), [tmp_path / "transform.h5"], tmp_path / "run" / "inverse_displacement.nii.gz")["after"]
     assert own["inverse_consistency_mm"] == pytest.approx(named["inverse_consistency_mm"])
     assert own["inverse_consistency_mm"]["mean"] < 0.1 and 0 < own["nmse"] < 1
-    wrong = evaluate(pair.request(), [tmp_path / "transform.h5"], tmp_path / "transform.h5")["after"]
+    wrong = evaluate(pair.files(), [tmp_path / "transform.h5"], tmp_path / "transform.h5")["after"]
     assert wrong["inverse_consistency_mm"]["mean"] > 10 * own["inverse_consistency_mm"]["mean"]
     with pytest.raises(UsageError, match="goes with --transform"):
-        evaluate(pair.request(), [], tmp_path / "transform.h5")
+        evaluate(pair.files(), [], tmp_path / "transform.h5")
 
 
 def test_exchanged_landmarks_are_noticed(tmp_path: Path, ndim: int) -> None:
@@ -148,16 +149,16 @@ def test_exchanged_landmarks_are_noticed(tmp_path: Path, ndim: int) -> None:
     far = Transform((Affine(np.eye(ndim), np.full(ndim, 4.0)),))
     write_transform(far, tmp_path / "far.h5")
     write_points(Landmarks(transform_points(far, pair.points[0])), tmp_path / "moving.csv")
-    right = pair.request("landmarks")
+    right = pair.files("landmarks")
     assert not [w for w in evaluate(right, [tmp_path / "far.h5"])["warnings"] if "exchanged" in w]
-    wrong = pair.request(fixed_landmarks=tmp_path / "moving.csv", moving_landmarks=tmp_path / "fixed.csv")
+    wrong = pair.files(fixed_landmarks=tmp_path / "moving.csv", moving_landmarks=tmp_path / "fixed.csv")
     assert [w for w in evaluate(wrong, [tmp_path / "far.h5"])["warnings"] if "exchanged" in w]
 
 
 def test_a_lost_label_does_not_pay(tmp_path: Path) -> None:
     pair = Pair(tmp_path, 2)
     write_transform(Transform((Affine(np.eye(2), np.array([500.0, 0.0])),)), tmp_path / "away.h5")
-    after = evaluate(pair.request("labels"), [tmp_path / "away.h5"])["after"]
+    after = evaluate(pair.files("labels"), [tmp_path / "away.h5"])["after"]
     assert after["dice"]["mean"] == 0 and math.isinf(after["hd95_mm"]["mean"])
 
 
@@ -166,15 +167,15 @@ def test_learn2reg_protocol(tmp_path: Path) -> None:
     field = smooth_field(pair.fixed_grid, 2.0, seed=4)
     write_learn2reg(field, tmp_path / "disp.nii.gz")
     write_transform(Transform((field,)), tmp_path / "same.h5")
-    as_stored, as_ours = (evaluate(pair.request("labels", "landmarks"), [tmp_path / f], protocol="learn2reg") for f in ("disp.nii.gz", "same.h5"))
-    assert set(as_stored["after"]) == {"dice", "hd95_voxels", "tre_mm", "sdlogj", "num_foldings"}
+    as_stored, as_ours = (evaluate(pair.files("labels", "landmarks"), [tmp_path / f], protocol="learn2reg") for f in ("disp.nii.gz", "same.h5"))
+    assert set(as_stored["after"].keys()) == {"dice", "hd95_voxels", "tre_mm", "sdlogj", "num_foldings"}
     assert as_stored["after"]["sdlogj"] == pytest.approx(as_ours["after"]["sdlogj"], rel=1e-4)
     assert as_stored["after"]["dice"]["mean"] == pytest.approx(as_ours["after"]["dice"]["mean"], abs=1e-3)
     assert "always 0" in as_stored["note"] and as_stored["before"]["sdlogj"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(GeometryError, match="3-D"):
-        evaluate(Pair(tmp_path / "flat", 2).request(), protocol="learn2reg")
+        evaluate(Pair(tmp_path / "flat", 2).files(), protocol="learn2reg")
     with pytest.raises(UsageError, match="no inverse"):
-        evaluate(pair.request(), [tmp_path / "same.h5"], tmp_path / "same.h5", protocol="learn2reg")
+        evaluate(pair.files(), [tmp_path / "same.h5"], tmp_path / "same.h5", protocol="learn2reg")
 
 
 # --- a list ----------
@@ -206,7 +207,7 @@ def test_one_run(cohort: Path) -> None:
     report = evaluate_list(cohort / "pairs.csv", [cohort / "good"], table=cohort / "out.csv")
     each = {case["id"]: case["runs"]["good"] for case in report["cases"]}
     one = evaluate(
-        Request(cohort / "p2" / "fixed.nii.gz", cohort / "p2" / "moving.nii.gz", fixed_landmarks=cohort / "p2" / "fixed.csv",
+        PairFiles(fixed=cohort / "p2" / "fixed.nii.gz", moving=cohort / "p2" / "moving.nii.gz", fixed_landmarks=cohort / "p2" / "fixed.csv",
                 moving_landmarks=cohort / "p2" / "moving.csv"), [cohort / "good" / "p2"])  # fmt: skip
     assert each["p2"]["tre_mm"] == one["after"]["tre_mm"]
     found = report["runs"]["good"]["tre_mm"]
@@ -242,7 +243,7 @@ def test_files_as_runs_and_missing_ones(cohort: Path) -> None:
     with pytest.raises(InputError, match="2 of 4 pairs have no result in .*files: p1, p3"):
         evaluate_list(cohort / "pairs.csv", [cohort / "files"])
     report = evaluate_list(cohort / "pairs.csv", [cohort / "files"], skip_missing=True)
-    assert report["pairs"] == 2 and report["missing"] == {"files": ["p1", "p3"]}
+    assert report["pairs"] == 2 and report["missing"] == {"files": ("p1", "p3")}
     with pytest.raises(InputError, match="4 of 4"):
         evaluate_list(cohort / "pairs.csv", [cohort / "good"], skip_missing=True)
     with pytest.raises(InputError, match="no folder"):

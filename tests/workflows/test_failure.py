@@ -106,7 +106,7 @@ def test_error_stays_itself_where_no_page_can_be_written(files: dict[str, Path],
     def broken(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("regtool.workflows.failure.write_page", broken)
+    monkeypatch.setattr("regtool.result.folder.write_page", broken)
     with pytest.raises(GeometryError):
         register(request(files, "far"))
     assert names(files) == set()

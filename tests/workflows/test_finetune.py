@@ -21,6 +21,8 @@ from regtool.methods.base import Engine
 from regtool.methods.model_file import load_model, save_model
 from regtool.preprocessing.batch import Batch
 from regtool.registration.adaptation import learn
+from regtool.report.files import read_report, report_text
+from regtool.report.schema import RegistrationReport
 from regtool.workflows import register, train
 from regtool.workflows.finetune import finetune, finetune_site
 from tests.conftest import blobs
@@ -96,12 +98,13 @@ def test_the_folder_is_registers_and_the_model_gives_its_result_again(tmp_path: 
     path, pair = model(tmp_path, ndim), saved(tmp_path, ndim, 2.0, "a")
     report = finetune(request(tmp_path, "out", pair, f'run.model="{path}"', "oneshot.iterations=12")).report
     out = tmp_path / "out"
-    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert read_report(out / "report.json", RegistrationReport) == report
+    report = json.loads(report_text(report))
     assert {"warped.nii.gz", "displacement.nii.gz", "transform.h5", "parameters.toml", "report.json", "model.safetensors"} == {
         p.name for p in out.iterdir()
     }
     card, found = read_card(out / "model.safetensors"), report["finetuning"]
-    assert card["training"] == json.loads(json.dumps(found))
+    assert card["training"] == found
     assert found["parent"] == {"name": "start", "sha256": digest(path)}
     assert found["pair"]["moving"] == {"file": pair[1].name, "sha256": digest(pair[1])}
     assert report["model"] == {"name": "out", "sha256": digest(out / "model.safetensors")}
@@ -288,10 +291,10 @@ def test_a_site_is_adapted_to_with_pairs_held_out(tmp_path: Path, ndim: int) -> 
     report = finetune_site(train.Request(pairs, tmp_path / "run", overrides=(*QUICK_SITE, f'run.model="{path}"')))
     assert digest(path) == before
     assert (report["pairs"], report["validation_pairs"]) == (3, 1)
-    assert report["parent"] == {"name": "start", "sha256": before}
+    assert report["parent"].model_dump() == {"name": "start", "sha256": before}
     assert report["after"]["objective"] < report["before"]["objective"]
     card = read_card(tmp_path / "run" / "model.safetensors")
-    assert card["training"]["parent"] == report["parent"]
+    assert card["training"]["parent"] == report["parent"].model_dump()
     used = register.register(request(tmp_path, "used", saved(tmp_path, ndim, 2.2, "new"), f'run.model="{tmp_path}/run/model.safetensors"'))
     assert used.report["model"]["name"] == "run"
 
