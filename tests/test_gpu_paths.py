@@ -38,7 +38,7 @@ from regtool.registration.pair import Annotations, Setup
 from regtool.registration.pipeline import Registered, register_pair
 from regtool.registration.refinement import refine
 from regtool.runtime import Clock
-from regtool.similarity import REFINEMENT_OBJECTIVES, REGULARIZATIONS, SIMILARITIES, similarity
+from regtool.similarity import REGULARIZATIONS, SIMILARITIES, similarity
 from regtool.training.augmentation import augmented
 from regtool.training.synthesis import synthetic
 from regtool.training.trainer import Trainer
@@ -218,9 +218,9 @@ def test_similarities_and_their_gradients(ndim: int, name: str) -> None:
         two = torch.cat([both.moving, both.moving**2], dim=1)
         warped = warp_voxels(two, u)
         out = []
-        for among in (SIMILARITIES, REFINEMENT_OBJECTIVES):
+        for objective in (False, True):
             for weight in (None, both.fixed_mask):
-                value = similarity(torch.cat([fixed, fixed], dim=1), warped, Metric(name=name), weight, among)  # type: ignore[arg-type]
+                value = similarity(torch.cat([fixed, fixed], dim=1), warped, Metric(name=name), weight, objective=objective)
                 out += [value, *torch.autograd.grad(value, u, retain_graph=True)]
         return out
 
