@@ -46,7 +46,6 @@ from regtool.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regtool.cli.signals import graceful_shutdown
     from regtool.report.schema import CohortReport
     from regtool.workflows.cohort import CohortEvent
 
@@ -145,6 +144,7 @@ def cohort(
     given = settings(
         method, model, align, initial_transform, similarity, refine, symmetric, inverse, image_format, time, device, threads, max_memory, seed, qc
     )
+    from regtool.cli.signals import graceful_shutdown
     from regtool.workflows.cohort import Request
     from regtool.workflows.cohort import cohort as work
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from regtool.report.schema import TrainingReport
-    from regtool.workflows.train import ProgressEvent
+    from regtool.training.run import ProgressEvent
 
 DATA = "Pairs"
 EVERY_SECONDS = 10.0  # between lines where stderr is no terminal

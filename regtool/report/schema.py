@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import KeysView
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, WithJsonSchema, model_serializer
@@ -33,9 +34,10 @@ class Record(BaseModel):
         fields = type(self).model_fields
         return {key: value for key, value in handler(self).items() if value is not None or fields[key].is_required()}
 
-    def keys(self) -> list[str]:
+    def keys(self) -> KeysView[str]:
         """Those that the JSON has."""
-        return [key for key, info in type(self).model_fields.items() if info.is_required() or getattr(self, key) is not None]
+        fields = type(self).model_fields.items()
+        return {key: None for key, info in fields if info.is_required() or getattr(self, key) is not None}.keys()
 
     def __contains__(self, key: object) -> bool:
         return key in self.keys()

@@ -20,6 +20,7 @@ from regtool.registration.adaptation import ProgressCallback
 from regtool.report.schema import Change, Finetuning, ImageFacts, LearnedFrom, LearnedPair, ModelFacts, RegistrationReport, Similarity, TrainingReport
 from regtool.result.outcome import Outcome
 from regtool.runtime import Graceful, uninterrupted
+from regtool.training.run import Watch
 from regtool.training.run_folder import MODEL
 from regtool.workflows import register, train
 
@@ -45,7 +46,7 @@ def finetune(request: register.Request, from_scratch: bool = False, progress: Pr
     return register.register(request, progress, _resolved, _Adapted())
 
 
-def finetune_site(request: train.Request, watch: train.Watch | None = None, graceful: Graceful = uninterrupted) -> TrainingReport | None:
+def finetune_site(request: train.Request, watch: Watch | None = None, graceful: Graceful = uninterrupted) -> TrainingReport | None:
     """`train` from a model's weights on a few pairs, until those held out get no better; returns the report.
 
     Defaults are those of `train` but for SITE, and HELD_OUT where no validation list is given. Raises what `train` raises; UsageError without a

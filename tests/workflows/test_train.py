@@ -29,8 +29,9 @@ from regtool.io.models import read_tensors
 from regtool.methods.base import Engine
 from regtool.methods.model_file import load_model
 from regtool.registration.memory import LIMIT_SHARE, training_bytes
+from regtool.training.run import ProgressEvent
 from regtool.training.run_folder import STATE
-from regtool.workflows.train import ProgressEvent, Request, train
+from regtool.workflows.train import Request, train
 from tests.cli.test_cli import call
 from tests.conftest import blobs, heeds_interrupts
 
