@@ -15,6 +15,7 @@ from regtool import methods, similarity
 from regtool.cli.app import main
 from regtool.config import choices
 from regtool.config.schema import Parameters
+from regtool.errors import RegtoolError
 from regtool.geometry.grid import Grid
 from regtool.registration.memory import PairSize, make_plan, training_bytes
 
@@ -136,6 +137,92 @@ def test_a_method_has_defaults_help_and_a_plan(ndim: int) -> None:
     assert "twoscale" in methods.names() and methods.summary("twoscale").startswith("Two scales")
     parameters = methods.read_parameters(None, ("method=twoscale",))
     assert (parameters.train.steps, parameters.training_similarity.name) == (200, "ncc")
-    assert methods.parameters_of("twoscale")().model_dump() == {"widths": (8, 16)}
+    assert methods.parameters_of("twoscale")().model_dump() == {"widths": (8, 16), "coarse_share": 0.5}
     small, large = (training_bytes(parameters, (n,) * ndim) for n in (16, 48))
     assert large > small
+
+
+TORCH_AT_THE_TOP = '''"""Nothing moves."""
+
+import torch
+
+from regtool.config.section import Section
+from regtool.methods.base import Engine
+from regtool.methods.still_helper import STEPS, still
+
+DEFAULTS = {"train": {"steps": 2 * STEPS}}
+
+
+class Parameters(Section):
+    """No settings."""
+
+
+class Still(Engine):
+    """No motion."""
+
+    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        return still(fixed)
+
+
+def engine() -> type[Engine]:
+    return Still
+'''
+HELPER = """STEPS = 7
+
+
+def still(image):
+    return image.new_zeros(len(image), image.dim() - 2, *image.shape[2:])
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose files are methods and similarities beside those of the package."""
+    for kind, package in (("method", methods), ("similarity", similarity)):
+        monkeypatch.setitem(choices.FOLDERS, kind, [*choices.FOLDERS[kind], tmp_path])
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    return tmp_path
+
+
+def test_a_method_may_import_torch_and_helpers_at_the_top(own: Path, ndim: int) -> None:
+    (own / "still_helper.py").write_text(HELPER, encoding="utf-8")
+    (own / "still.py").write_text(TORCH_AT_THE_TOP, encoding="utf-8")
+    parameters = methods.read_parameters(None, ("method=still",))
+    assert parameters.train.steps == 14
+    assert "still_helper" not in methods.names()
+    images = torch.rand(2, 1, *[6] * ndim)
+    assert methods.build(parameters, ndim).displacement(images, images).shape == (2, ndim, *[6] * ndim)
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code, and all that was written."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    written = capsys.readouterr()
+    return int(ended.value.code or 0), " ".join((written.out + written.err).split())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def engine(:\n    pass\n", "SyntaxError"),
+        ("import nosuchmodule\n\n\ndef engine():\n    return 1\n", "No module named 'nosuchmodule'"),
+    ],
+)
+def test_a_broken_method_breaks_nothing_else(own: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str) -> None:
+    name = f"broken_{len(text)}"  # a module is imported once
+    (own / f"{name}.py").write_text(text, encoding="utf-8")
+    code, written = said(["methods"], capsys)
+    assert code == 0 and name in written and "voxelmorph" in written
+    assert said(["parameters", "init", "voxelmorph"], capsys)[0] == 0
+    code, written = said(["parameters", "init", name], capsys)
+    assert code == 1 and name in written and expected in written and "correct that file" in written and "bug in regtool" not in written
+
+
+def test_wrong_declarations_are_explained(own: Path) -> None:
+    (own / "no_record.py").write_text("SIMILARITY = 3\n", encoding="utf-8")
+    (own / "no_class.py").write_text("def engine():\n    return 3\n", encoding="utf-8")
+    with pytest.raises(RegtoolError, match="expected SIMILARITY to be a Similarity, got int"):
+        similarity.SIMILARITIES["no_record"]
+    with pytest.raises(RegtoolError, match=r"expected engine\(\) to give a subclass of Engine, got 3"):
+        methods.load("no_class")

@@ -1,12 +1,16 @@
-"""Every list of names that a user chooses from, once: parameter file, command line and documents take it from here. Standard library only."""
+"""Every list of names that a user chooses from, once: parameter file, command line and documents take it from here. Nothing heavy is imported."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
+
+from regtool.errors import RegtoolError
 
 Alignment = Literal["auto", "none", "center", "moments", "rigid", "affine"]
 ImageFormat = Literal["nii.gz", "mha", "nrrd"]
@@ -30,7 +34,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = {"method": [PACKAGE / "methods"], "similarity": [PACKAGE / "similarity"]}  # where the files of each kind are looked for
 MARKS = {  # what a file of a kind declares
     "method": re.compile(r"^def engine\(", re.MULTILINE),
-    "similarity": re.compile(r"^SIMILARITY\b", re.MULTILINE),
+    "similarity": re.compile(r"^SIMILARITY\s*[:=]", re.MULTILINE),
 }
 
 
@@ -44,11 +48,29 @@ def similarities() -> dict[str, str]:
     return dict(_declared("similarity", tuple(FOLDERS["similarity"])))
 
 
+def module_of(package: str, name: str) -> ModuleType:
+    """The module of a method or a similarity. RegtoolError where its file cannot be imported: it may be the user's own."""
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except Exception as error:
+        raise RegtoolError(
+            f"{package}.{name} cannot be imported: {type(error).__name__}: {error}", tip="correct that file; --debug shows where it failed"
+        ) from error
+
+
 @functools.cache
 def _declared(kind: str, folders: tuple[Path, ...]) -> tuple[tuple[str, str], ...]:
     found: dict[str, str] = {}
     for file in sorted(file for folder in folders for file in folder.glob("*.py")):
         text = file.read_text(encoding="utf-8")
         if MARKS[kind].search(text):
-            found[file.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+            found[file.stem] = _first_line(text)
     return tuple(found.items())
+
+
+def _first_line(text: str) -> str:
+    """Of a file's docstring; where Python cannot read the file, that: one broken file must not break every command."""
+    try:
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    except SyntaxError as error:
+        return f"broken: line {error.lineno}: {error.msg}"

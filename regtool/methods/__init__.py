@@ -12,12 +12,11 @@ torch inside `engine()` only, so that listing and checking takes no second; a me
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from regtool.config.choices import methods
+from regtool.config.choices import methods, module_of
 from regtool.config.resolve import load as load_parameters
 from regtool.config.resolve import validated
 from regtool.config.schema import Parameters
@@ -34,9 +33,8 @@ def names() -> list[str]:
 
 
 def summary(name: str) -> str:
-    """First line of the method's docstring. UsageError for an unknown name."""
-    _module(name)
-    return methods()[name]
+    """First line of the method's docstring; nothing is imported. UsageError for an unknown name."""
+    return methods()[_known(name)]
 
 
 def parameters_of(name: str) -> type[Section]:
@@ -64,8 +62,12 @@ def read_parameters(path: Path | None, overrides: tuple[str, ...] = (), base: di
 
 @functools.cache
 def load(name: str) -> type[Engine]:
-    """The method's engine class; imports torch. UsageError with the nearest name for an unknown one."""
+    """The method's engine class; imports torch. UsageError with the nearest name for an unknown one, RegtoolError where `engine()` gives no class."""
+    from regtool.methods.base import Engine
+
     found: type[Engine] = _module(name).engine()
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise RegtoolError(f"method {name!r}: expected engine() to give a subclass of Engine, got {found!r}", tip="docs/extending.md has an example")
     return found
 
 
@@ -87,6 +89,10 @@ def build(parameters: Parameters, ndim: int, channels: int = 1) -> Engine:
 
 
 def _module(name: str) -> ModuleType:
+    return module_of(__name__, _known(name))
+
+
+def _known(name: str) -> str:
     if name not in names():
         raise UsageError(f"unknown method {name!r}; {did_you_mean(name, names())}", tip="`regtool methods` lists them")
-    return importlib.import_module(f"{__name__}.{name}")
+    return name

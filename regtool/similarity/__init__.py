@@ -5,13 +5,13 @@ Similarities are higher where images are more alike; regularizations are lower w
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from regtool.config.choices import similarities
+from regtool.config.choices import module_of, similarities
 from regtool.config.registration import Metric
+from regtool.errors import RegtoolError
 from regtool.similarity.record import Similarity
 from regtool.similarity.regularization import bending, diffusion, folding, l2, tv
 
@@ -22,7 +22,11 @@ class _Similarities(Mapping[str, Similarity]):
     def __getitem__(self, name: str) -> Similarity:
         if name not in similarities():
             raise KeyError(name)
-        found: Similarity = importlib.import_module(f"{__name__}.{name}").SIMILARITY
+        found = module_of(__name__, name).SIMILARITY
+        if not isinstance(found, Similarity):
+            raise RegtoolError(
+                f"{__name__}.{name}: expected SIMILARITY to be a Similarity, got {type(found).__name__}", tip="docs/extending.md has an example"
+            )
         return found
 
     def __iter__(self) -> Iterator[str]:

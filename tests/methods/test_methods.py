@@ -1,4 +1,4 @@
-"""What every method must do, whatever it is: the contract of engines/_engine.py."""
+"""What every method must do, whatever it is: the contract of methods/base.py."""
 
 from __future__ import annotations
 
