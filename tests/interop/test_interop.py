@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from regtool.io.transforms.itk import to_sitk_transform
 
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image, Landmarks
 from regtool.geometry.sampling import displacement_on, transform_points
 from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.io.images import read_image, write_image
-from regtool.io.itk_transforms import to_sitk_transform
 from regtool.io.points import write_points
 from regtool.io.transforms import read_transform, write_ants, write_transform
 from regtool.workflows.register import Request, register

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from regtool.io.transforms.itk import to_sitk_transform
 
 from regtool.cli.app import main
 from regtool.errors import GeometryError, InputError, UsageError
@@ -19,7 +20,6 @@ from regtool.geometry.inversion import invert_points
 from regtool.geometry.sampling import transform_points
 from regtool.geometry.transforms import Affine, DisplacementField, PointMap, Transform
 from regtool.io.images import write_image
-from regtool.io.itk_transforms import to_sitk_transform
 from regtool.io.points import read_points, write_points
 from regtool.io.transforms import write_ants, write_transform
 from regtool.workflows.warp import warp_images, warp_points

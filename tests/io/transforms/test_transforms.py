@@ -18,9 +18,11 @@ from regtool.geometry.sampling import displacement_on, transform_points
 from regtool.geometry.transforms import Affine, DisplacementField, PointMap, Transform
 from regtool.io.bspline import bspline
 from regtool.io.images import write_displacement, write_image
-from regtool.io.itk_transforms import from_sitk_transform, to_sitk_transform
 from regtool.io.learn2reg import read_learn2reg, write_learn2reg
-from regtool.io.transforms import read_transform, total_displacement, write_ants, write_transform, write_transformix_pair
+from regtool.io.transforms import read_transform, write_ants, write_transform
+from regtool.io.transforms.elastix import write as write_transformix
+from regtool.io.transforms.itk import from_sitk_transform, to_sitk_transform
+from regtool.io.transforms.sampled import total_displacement
 from tests.conftest import random_grid, random_image, sitk_field, smooth_field, to_sitk
 
 FIELD_FORMATS = ["nii.gz", "nii", "mha", "mhd", "nrrd"]
@@ -430,7 +432,7 @@ def test_transformix_pair(grid: Grid, tmp_path: Path) -> None:
     assert f'(DeformationFieldFileName "{tmp_path / "TransformParameters.0.mha"}")' in lines
     at = voxel_centres(grid)
     assert np.abs(transform_points(read_transform(tmp_path / "TransformParameters.0.txt"), at) - transform_points(transform, at)).max() < 1e-3
-    assert [p.name for p in write_transformix_pair(transform, tmp_path / "deep" / "any.txt")] == ["any.txt", "any.mha"]
+    assert [p.name for p in write_transformix(transform, tmp_path / "deep" / "any.txt")] == ["any.txt", "any.mha"]
 
 
 def test_learn2reg(grid: Grid, tmp_path: Path) -> None:
