@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from regtool.io.transforms.itk import to_sitk_transform
 
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image, Landmarks
@@ -23,6 +22,7 @@ from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.io.images import read_image, write_image
 from regtool.io.points import write_points
 from regtool.io.transforms import read_transform, write_ants, write_transform
+from regtool.io.transforms.itk import to_sitk_transform
 from regtool.workflows.register import Request, register
 from tests.conftest import DATA, random_grid, smooth_field
 from tests.io.test_transforms import bspline_file

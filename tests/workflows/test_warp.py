@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from regtool.io.transforms.itk import to_sitk_transform
 
 from regtool.cli.app import main
 from regtool.errors import GeometryError, InputError, UsageError
@@ -22,6 +21,7 @@ from regtool.geometry.transforms import Affine, DisplacementField, PointMap, Tra
 from regtool.io.images import write_image
 from regtool.io.points import read_points, write_points
 from regtool.io.transforms import write_ants, write_transform
+from regtool.io.transforms.itk import to_sitk_transform
 from regtool.workflows.warp import warp_images, warp_points
 from tests.conftest import random_grid, random_image, smooth_field, to_sitk
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from regtool.io.images.nifti import check_complete, nifti_kind, safe_for_itk
 
 from regtool.errors import InputError
 from regtool.geometry.transforms import DisplacementField, Transform
+from regtool.io.images.nifti import check_complete, nifti_kind, safe_for_itk
 from regtool.io.transforms import read_transform, write_transform
 from tests.conftest import random_grid, smooth_field
 

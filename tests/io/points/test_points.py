@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regtool.config.choices import PointSpace as Space
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.images import Landmarks
-from regtool.config.choices import PointSpace as Space
 from regtool.io.points import check_points_writable, is_point_file, map_points, read_points, write_points
 from tests.conftest import random_grid
 
