@@ -106,7 +106,9 @@ def head_of(path: Path) -> bytes:
 
 
 def _suffixes(kind: Kind, written: bool = False) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(suffix for d in _declared(kind) if d.written or not written for suffix in d.suffixes))
+    """Those that formats share come last: they say the least."""
+    found = [suffix for d in _declared(kind) if d.written or not written for suffix in d.suffixes]
+    return tuple(sorted(dict.fromkeys(found), key=found.count))
 
 
 def _compound() -> tuple[str, ...]:
