@@ -10,11 +10,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
+
+log = logging.getLogger("regtool")
 
 Kind = Literal["images", "transforms", "points"]
 
@@ -89,10 +92,13 @@ def all_formats(record: type[F]) -> list[F]:
 
 
 def load_format(record: type[F], module: str) -> F:
-    """What one file declares. TypeError where that is no such record."""
-    found = importlib.import_module(f"regtool.io.{record.kind}.{module}").FORMAT
+    """What one file declares. RegtoolError where it cannot be imported or declares another record: it may be the user's own."""
+    found = module_of(f"regtool.io.{record.kind}", module).FORMAT
     if not isinstance(found, record):
-        raise TypeError(f"FORMAT in {record.kind}/{module}.py is a {type(found).__name__}, expected {record.__name__}")
+        raise RegtoolError(
+            f"regtool.io.{record.kind}.{module}: expected FORMAT to be of type {record.__name__}, got {type(found).__name__}",
+            tip="docs/extending.md has an example",
+        )
     return found
 
 
@@ -126,11 +132,19 @@ def _read_declarations(folders: tuple[Path, ...]) -> tuple[_Declared, ...]:
     out = []
     for file in sorted((file for folder in folders for file in folder.glob("*.py")), key=lambda file: file.name):
         match = DECLARATION.search(file.read_text(encoding="utf-8"))
-        if match is None:
-            continue
-        statement = ast.parse(match[0]).body[0]
-        assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call), f"{file}: expected FORMAT = ...Format(...)"
-        given = {keyword.arg: keyword.value for keyword in statement.value.keywords}
-        suffixes: tuple[str, ...] = ast.literal_eval(given["suffixes"])
-        out.append(_Declared(file.stem, suffixes, "write" in given))
+        if match is not None:
+            try:
+                out.append(_declaration(file.stem, match[0]))
+            except (SyntaxError, ValueError) as error:  # one broken file must not break every command
+                log.warning("%s is left out: %s", file, error)
     return tuple(out)
+
+
+def _declaration(module: str, text: str) -> _Declared:
+    """Of `FORMAT = ...Format(suffixes=(...), ...)`. SyntaxError and ValueError for another text."""
+    call = getattr(ast.parse(text).body[0], "value", None)
+    given = {keyword.arg: keyword.value for keyword in call.keywords} if isinstance(call, ast.Call) else {}
+    suffixes = ast.literal_eval(given["suffixes"]) if "suffixes" in given else None
+    if not isinstance(suffixes, tuple) or not all(isinstance(s, str) and s.startswith(".") and s == s.lower() for s in suffixes):
+        raise ValueError("expected FORMAT = ...Format(suffixes=('.abc',), ...), the suffixes in lower case with their dots")
+    return _Declared(module, suffixes, "write" in given)
