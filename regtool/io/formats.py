@@ -2,20 +2,22 @@
 
 A file in `images/`, `transforms/` or `points/` that declares `FORMAT` is one format; nothing has to be registered. The suffixes are read from the
 text of the declaration, so they must stand in it as they are; the module is imported when a file of its format is read or written.
-Standard library only: the command line lists suffixes from here.
+Nothing heavy is imported: the command line lists suffixes from here.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import importlib
 import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
+
+from regtool.config.choices import module_of
+from regtool.errors import RegtoolError
 
 log = logging.getLogger("regtool")
 

@@ -11,7 +11,7 @@ from regtool.geometry.composition import compose, compose_voxels, exponential
 from regtool.geometry.grid import Grid
 from regtool.geometry.jacobian import jacobian_determinant, jacobian_statistics
 from regtool.geometry.sampling import voxel_grid
-from regtool.geometry.transforms import Affine, DisplacementField, Transform
+from regtool.geometry.transforms import Affine, DisplacementField
 from tests.conftest import random_grid, sitk_field, smooth_field
 
 
