@@ -25,7 +25,7 @@ from regtool.io.transforms import read_transform, write_ants, write_transform
 from regtool.io.transforms.itk import to_sitk_transform
 from regtool.workflows.register import Request, register
 from tests.conftest import DATA, random_grid, smooth_field
-from tests.io.transforms.test_transforms import bspline_file
+from tests.io.transforms.cases import bspline_file
 
 PYTHON = os.environ.get("REGTOOL_INTEROP_PYTHON", "")
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(not PYTHON, reason="REGTOOL_INTEROP_PYTHON names no other environment")]
