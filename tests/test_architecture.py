@@ -105,7 +105,7 @@ def test_nothing_is_unpickled() -> None:
         assert "torch.load(" not in file.read_text(encoding="utf-8") or "weights_only=True" in file.read_text(encoding="utf-8"), file
 
 
-@pytest.mark.parametrize("module", ["regtool", "regtool.errors", "regtool.config.schema", "regtool.methods", "regtool.cli.app"])
+@pytest.mark.parametrize("module", ["regtool", "regtool.errors", "regtool.config.schema", "regtool.methods", "regtool.io.formats", "regtool.cli.app"])
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'SimpleITK', 'matplotlib', 'h5py') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -15,9 +15,13 @@ from regtool import methods, similarity
 from regtool.cli.app import main
 from regtool.config import choices
 from regtool.config.schema import Parameters
-from regtool.errors import RegtoolError
+from regtool.errors import InputError, RegtoolError
 from regtool.geometry.grid import Grid
+from regtool.geometry.images import Image
+from regtool.geometry.transforms import Affine, Transform
+from regtool.io import formats, images, points, transforms
 from regtool.registration.memory import PairSize, make_plan, training_bytes
+from tests.conftest import random_grid, random_image, smooth_field
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -226,3 +230,92 @@ def test_wrong_declarations_are_explained(own: Path) -> None:
         similarity.SIMILARITIES["no_record"]
     with pytest.raises(RegtoolError, match=r"expected engine\(\) to give a subclass of Engine, got 3"):
         methods.load("no_class")
+
+
+@pytest.fixture
+def own_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formats' files beside those of the package."""
+    for package, name in ((images, "npz.py"), (transforms, "lta.py"), (points, "off.py")):
+        kind = package.__name__.rpartition(".")[2]
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).write_text(example(name), encoding="utf-8")
+        monkeypatch.setitem(formats.FOLDERS, kind, [*formats.FOLDERS[kind], tmp_path / kind])
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / kind)])
+
+
+def run(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    assert ended.value.code in (0, None)
+
+
+@pytest.mark.usefixtures("own_formats")
+def test_an_image_format_is_read_and_written_by_every_verb(ndim: int, tmp_path: Path) -> None:
+    grid = random_grid(ndim, "oblique", 1)
+    image, field = random_image(grid, 1), smooth_field(grid, 2.0, 2)
+    for suffix in (".npz", ".nii.gz"):
+        images.write_image(image, tmp_path / f"image{suffix}")
+        images.write_displacement(field, tmp_path / f"field{suffix}")
+        case = [tmp_path / f"{name}{suffix}" for name in ("image", "field", "warped")]
+        run("warp", case[0], "-t", case[1], "--like", case[0], "-o", case[2], "-q", "--threads", 1)
+    ours, oracle = (images.read_image(tmp_path / f"warped{suffix}") for suffix in (".npz", ".nii.gz"))
+    assert np.allclose(ours.data, oracle.data, atol=1e-4) and ours.grid.same_as(grid, 1e-4)
+    assert np.array_equal(np.load(tmp_path / "image.npz")["voxels"], image.data[0])
+    assert formats.stem_of(tmp_path / "warped.npz") == "warped" and ".npz" in formats.transform_suffixes()
+    (tmp_path / "broken.npz").write_text("hello")
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        images.read_image(tmp_path / "broken.npz")
+
+
+@pytest.mark.usefixtures("own_formats")
+def test_an_image_format_keeps_time_and_channels(tmp_path: Path) -> None:
+    grid = random_grid(3, "aligned", 4)
+    for name, image in {
+        "time": Image(torch.rand(4, *grid.shape), grid, time=(2.5, 1.0)),
+        "channels": Image(torch.rand(5, *grid.shape), grid),
+    }.items():
+        images.write_image(image, tmp_path / f"{name}.npz")
+        back = images.read_image(tmp_path / f"{name}.npz")
+        assert torch.equal(back.data, image.data) and back.time == image.time
+
+
+@pytest.mark.usefixtures("own_formats")
+def test_a_transform_format(tmp_path: Path) -> None:
+    """From moving to fixed, RAS: SimpleITK reads what became of it."""
+    turned = np.array([[0.0, -1.0, 0.0, 5.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 1.0, 2.0]])
+    rows = "\n".join(" ".join(map(str, row)) for row in [*turned.tolist(), [0.0, 0.0, 0.0, 1.0]])
+    (tmp_path / "a.lta").write_text(f"type      = 1\nnxforms   = 1\nmean      = 0 0 0\nsigma     = 1\n1 4 4\n{rows}\n")
+    run("transform", "convert", tmp_path / "a.lta", tmp_path / "a.tfm", "-q")
+    itk = sitk.ReadTransform(str(tmp_path / "a.tfm"))
+    moving_ras = np.array([7.0, 11.0, 13.0])
+    fixed_ras = turned[:, :3] @ moving_ras + turned[:, 3]
+    mirror = np.array([-1, -1, 1])
+    assert itk.TransformPoint((fixed_ras * mirror).tolist()) == pytest.approx((moving_ras * mirror).tolist())
+    run("transform", "convert", tmp_path / "a.tfm", tmp_path / "b.lta", "-q")
+    again = transforms.read_transform(tmp_path / "b.lta").parts[0]
+    assert isinstance(again, Affine) and np.allclose(again.matrix.T, turned[:, :3] * np.outer(mirror, mirror))
+    (tmp_path / "voxels.lta").write_text("type = 0\n1 4 4\n" + rows + "\n")
+    with pytest.raises(InputError, match="type 1"):
+        transforms.read_transform(tmp_path / "voxels.lta")
+
+
+@pytest.mark.usefixtures("own_formats")
+def test_a_point_format(tmp_path: Path) -> None:
+    (tmp_path / "a.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    transforms.write_transform(Transform((Affine(np.eye(3), np.array([1.0, 2.0, 3.0])),)), tmp_path / "shift.tfm")
+    run("warp", tmp_path / "a.off", "-t", tmp_path / "shift.tfm", "-o", tmp_path / "b.off", "-q")
+    assert (tmp_path / "b.off").read_text() == "OFF\n3 1 0\n1 2 3\n2 2 3\n1 3 3\n3 0 1 2\n"
+    with pytest.raises(InputError, match="points alone"):
+        points.check_points_writable(tmp_path / "new.off", tmp_path / "a.csv")
+    (tmp_path / "cut.off").write_text("OFF\n3 1 0\n0 0 0\n")
+    with pytest.raises(InputError, match="ends before them"):
+        points.read_points(tmp_path / "cut.off")
+
+
+@pytest.mark.parametrize("text", ["FORMAT = ImageFormat(suffixes=names())\n", "FORMAT = ImageFormat(suffixes=('.XYZ',))\n", "FORMAT = ((\n"])
+def test_a_broken_format_breaks_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (tmp_path / "xyz.py").write_text(text)
+    before = formats.image_suffixes()
+    monkeypatch.setitem(formats.FOLDERS, "images", [*formats.FOLDERS["images"], tmp_path])
+    assert formats.image_suffixes() == before
+    assert "xyz.py is left out" in caplog.text

@@ -66,7 +66,7 @@ def emit(result: Record | dict[str, Any], table: list[tuple[str, str]], as_json:
 
 def logs(verbosity: int) -> None:
     """Regtool's log on stderr, in place of ITK's warnings: -1 errors only, 0 warnings, 1 what happens, 2 everything."""
-    from regtool.io.images import silence_itk
+    from regtool.io.itk import silence_itk
 
     silence_itk()
 

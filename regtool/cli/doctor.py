@@ -22,7 +22,7 @@ def doctor(
     `regtool doctor fixed.nii.gz moving.nii.gz`
     """
     from regtool.errors import InputError
-    from regtool.io.images import silence_itk
+    from regtool.io.itk import silence_itk
     from regtool.workflows.doctor import doctor as examine
 
     silence_itk()

@@ -10,6 +10,7 @@ import typer
 from regtool.cli.console import emit, logs
 from regtool.cli.options import OUTPUT, Json, Overwrite, Quiet, Verbose
 from regtool.config.choices import SourceFormat, TargetFormat
+from regtool.io.formats import transform_suffixes
 
 app = typer.Typer(help="Invert, compose, convert and inspect transforms.", no_args_is_help=True)
 
@@ -26,7 +27,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="File to write: .h5 .tfm .txt .mat .xfm, a field image (.nii.gz .mha .nrrd), or TransformParameters.0.txt for transformix.",
+        help=f"File to write: {' '.join(transform_suffixes())}; for transformix TransformParameters.0.txt.",
         rich_help_panel=OUTPUT,
         show_default=False,
     ),

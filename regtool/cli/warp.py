@@ -10,6 +10,7 @@ import typer
 from regtool.cli.console import emit, logs
 from regtool.cli.options import OUTPUT, Device, FixHeader, Json, Overwrite, Quiet, Threads, Verbose
 from regtool.config.choices import Interpolation, PointOrigin, PointSpace
+from regtool.io.formats import point_suffixes, transform_suffixes
 
 Transforms = Annotated[
     list[Path],
@@ -17,7 +18,7 @@ Transforms = Annotated[
         "--transform",
         "-t",
         metavar="FILE",
-        help="From fixed to moving: ITK (.h5 .tfm .txt .mat .xfm), ANTs, elastix' TransformParameters.txt, a displacement field, or a folder that "
+        help=f"From fixed to moving: a file of ITK, ANTs or elastix, a displacement field ({' '.join(transform_suffixes())}), or a folder that "
         "`register` wrote. May be repeated, in the order points travel from fixed to moving: the order of `antsApplyTransforms -t`.",
         show_default=False,
     ),
@@ -27,9 +28,7 @@ Transforms = Annotated[
 def warp(
     inputs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="MOVING", help="Images or label maps; or points (.csv .txt .fcsv .mrk.json) and meshes (.vtk .stl).", show_default=False
-        ),
+        typer.Argument(metavar="MOVING", help=f"Images or label maps; or points and meshes ({' '.join(point_suffixes())}).", show_default=False),
     ],
     transform: Transforms,
     output: Annotated[

@@ -13,7 +13,8 @@ from typing import Any
 from regtool.cohort.folder import LOGS, PairFolder
 from regtool.errors import InputError, UsageError
 from regtool.io.files import explained, strict_json, write_text
-from regtool.io.images import suffix_of
+from regtool.io.formats import stem_of, suffix_of
+from regtool.io.images.nifti import FORMAT as NIFTI
 from regtool.io.pairs import Entry, Pair, Pairs
 from regtool.report.schema import REPORT, RegistrationReport
 
@@ -53,8 +54,8 @@ def find_subjects(dataset: Path, template: Path, ending: str) -> Pairs:
         raise InputError(f"the template {template} is missing", tip="--template takes the image that all subjects are brought onto")
     found = []
     for path in sorted(p for pattern in ("sub-*/*", "sub-*/ses-*/*") for p in dataset.glob(f"{pattern}/sub-*_{ending}.*")):
-        if path.is_file() and suffix_of(path) in (".nii", ".nii.gz"):
-            found.append(Entry(path.name[: -len(suffix_of(path))], path))
+        if path.is_file() and suffix_of(path) in NIFTI.suffixes:
+            found.append(Entry(stem_of(path), path))
     if not found:
         there = len(list(dataset.glob("sub-*")))
         raise InputError(f"{dataset}: no sub-*/[ses-*/]anat/*_{ending}.nii[.gz] in {there} subjects", tip="--suffix names another kind, such as T2w")
@@ -68,7 +69,7 @@ def find_subjects(dataset: Path, template: Path, ending: str) -> Pairs:
 
 def derivative_name(pair: Pair) -> Name:
     """The name of the moving image where it is one of BIDS; else the pair's id becomes the subject."""
-    stem = pair.moving.image.name[: len(pair.moving.image.name) - len(suffix_of(pair.moving.image))]
+    stem = stem_of(pair.moving.image)
     *parts, ending = stem.split("_")
     entities = [tuple(part.split("-", 1)) for part in parts]
     if entities and all(len(e) == 2 and e[1].isalnum() for e in entities) and entities[0][0] == "sub" and ending.isalnum():
@@ -79,7 +80,7 @@ def derivative_name(pair: Pair) -> Name:
 
 def space_of(fixed: Path) -> str:
     """What the fixed image's space is called: `tpl-MNI152NLin2009cAsym_res-01_T1w` is MNI152NLin2009cAsym, else letters and digits of the name."""
-    stem = fixed.name[: len(fixed.name) - len(suffix_of(fixed))]
+    stem = stem_of(fixed)
     template = re.match(r"tpl-([A-Za-z0-9]+)", stem)
     return template.group(1) if template else label_of(stem)
 

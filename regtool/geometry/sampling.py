@@ -175,7 +175,7 @@ def moving_indices(moving: Grid, transform: Transform, grid: Grid, device: torch
     """Slab by slab over `grid`: (which voxels, (P, D) indices in `moving` that the transform sends them to), in float64 where the device can."""
     to_index = Affine(moving.inverse_matrix, -moving.inverse_matrix @ np.array(moving.origin))
     for part, points in grid_points(grid, transform, device):
-        yield part, _apply_affine(to_index, points)
+        yield part, apply_affine(to_index, points)
 
 
 def displacement_on(transform: Transform, grid: Grid, device: torch.device | None = None) -> DisplacementField:
@@ -227,7 +227,7 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
         stop = min(start + rows, grid.shape[0])
         index = voxel_grid((stop - start, *grid.shape[1:]), like).reshape(-1, grid.ndim)
         index[:, -1] += start
-        x = _apply_affine(to_mm, index)
+        x = apply_affine(to_mm, index)
         where = slice(start * plane, stop * plane)
         if own is not None:
             x = x + own[:, where].T.to(x)
@@ -239,17 +239,17 @@ def grid_points(grid: Grid, transform: Transform, device: torch.device | None = 
 def _apply(part: Part, x: torch.Tensor) -> torch.Tensor:
     """(P, D) mm through one part."""
     if isinstance(part, Affine):
-        return _apply_affine(part, x)
+        return apply_affine(part, x)
     if isinstance(part, PointMap):
         return torch.as_tensor(part.map(x.double().cpu().numpy())).to(x)
     grid = part.grid
-    index = _apply_affine(Affine(grid.inverse_matrix, -grid.inverse_matrix @ np.array(grid.origin)), x)
+    index = apply_affine(Affine(grid.inverse_matrix, -grid.inverse_matrix @ np.array(grid.origin)), x)
     u = sample(part.data.to(x), index).T
     return x + torch.where(inside(index, grid.shape)[:, None], u, torch.zeros((), dtype=u.dtype, device=u.device))
 
 
-def _apply_affine(affine: Affine, x: torch.Tensor) -> torch.Tensor:
-    """Column by column: a product with a matrix this small takes three times as long."""
+def apply_affine(affine: Affine, x: torch.Tensor) -> torch.Tensor:
+    """(P, D) points through an affine. Column by column: a product with a matrix this small takes three times as long."""
     out = torch.empty_like(x)
     for row, start, column in zip(affine.matrix.tolist(), affine.translation.tolist(), out.unbind(-1), strict=True):
         column.fill_(start)

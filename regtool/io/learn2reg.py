@@ -12,9 +12,11 @@ from regtool.errors import GeometryError, InputError, OutputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.transforms import DisplacementField
 from regtool.io.files import atomic, require_file
-from regtool.io.images import suffix_of, to_sitk
-from regtool.io.intact import nifti_kind, safe_for_itk
-from regtool.io.nifti import itk_reason
+from regtool.io.formats import suffix_of
+from regtool.io.images.itk import to_sitk
+from regtool.io.images.nifti import FORMAT as NIFTI
+from regtool.io.images.nifti import nifti_kind, safe_for_itk
+from regtool.io.itk import itk_reason
 
 
 def read_learn2reg(path: Path, like: Grid) -> DisplacementField:
@@ -24,7 +26,7 @@ def read_learn2reg(path: Path, like: Grid) -> DisplacementField:
     counts for nothing (most are written without one). InputError for another file, GeometryError for another size.
     """
     require_file(path, "displacement field")
-    if suffix_of(path) not in (".nii", ".nii.gz"):
+    if suffix_of(path) not in NIFTI.suffixes:
         raise InputError(f"{path}: Learn2Reg fields are NIfTI files", tip="load an .npz with numpy and save it with nibabel")
     try:
         with safe_for_itk(path) as file:
@@ -45,7 +47,7 @@ def read_learn2reg(path: Path, like: Grid) -> DisplacementField:
 
 def write_learn2reg(field: DisplacementField, path: Path) -> None:
     """(X, Y[, Z], D) float32 voxels of the field's grid, intent code 0, atomically. InputError unless the name is .nii or .nii.gz."""
-    if suffix_of(path) not in (".nii", ".nii.gz"):
+    if suffix_of(path) not in NIFTI.suffixes:
         raise InputError(f"Learn2Reg fields are NIfTI files, got {path.name}", tip="name it disp_FIXED_MOVING.nii.gz")
     components = field.to_voxels().numpy()
     image = sitk.JoinSeries([to_sitk(np.ascontiguousarray(c), field.grid) for c in components])
@@ -58,4 +60,4 @@ def write_learn2reg(field: DisplacementField, path: Path) -> None:
 
 def is_learn2reg(path: Path, ndim: int) -> bool:
     """Whether a file is a NIfTI of one axis more than the image, as the challenge's fields are (a field of ITK has five axes)."""
-    return path.is_file() and suffix_of(path) in (".nii", ".nii.gz") and nifti_kind(path)[0] == ndim + 1
+    return path.is_file() and suffix_of(path) in NIFTI.suffixes and nifti_kind(path)[0] == ndim + 1

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, overload
 
-import SimpleITK as sitk
-
 from regtool.errors import InputError, UsageError, did_you_mean
 from regtool.io.files import require_file
-from regtool.io.images import SUFFIXES, suffix_of
+from regtool.io.formats import image_suffixes, stem_of, suffix_of
+from regtool.io.images import is_image
 
 EXTRAS = ("labels", "landmarks", "mask")
 PAIR_COLUMNS = ("id", "fixed", "moving", *(f"{side}_{extra}" for extra in EXTRAS for side in ("fixed", "moving")))
@@ -167,7 +166,7 @@ def _rank(name: str, seed: int) -> bytes:
 
 def _to_atlas(images: tuple[Entry, ...], source: Path, atlas: Path, labels: Path | None, isolated: bool) -> Pairs:
     """Each image as moving to the atlas, without the atlas itself."""
-    own = next((entry for entry in images if entry.image.resolve() == atlas.resolve()), Entry(_stem(atlas), atlas))
+    own = next((entry for entry in images if entry.image.resolve() == atlas.resolve()), Entry(stem_of(atlas), atlas))
     fixed = Entry(own.id, own.image, labels or own.labels, own.landmarks, own.mask, own.line)
     moving = [entry for entry in images if entry is not own]
     if not moving:
@@ -194,12 +193,7 @@ def _pair_of_row(source: Path, line: int, row: dict[str, str]) -> Pair:
 def _entry(source: Path, line: int, row: dict[str, str]) -> Entry:
     image = source.parent / row["image"]
     labels, landmarks, mask = (source.parent / row[extra] if row.get(extra) else None for extra in EXTRAS)
-    return Entry(row.get("id") or _stem(image), image, labels, landmarks, mask, line)
-
-
-def _stem(path: Path) -> str:
-    """The name without its suffix; all of the name of a folder."""
-    return path.name if path.is_dir() else path.name[: len(path.name) - len(suffix_of(path))]
+    return Entry(row.get("id") or stem_of(image), image, labels, landmarks, mask, line)
 
 
 def _folder(folder: Path) -> list[Entry]:
@@ -208,23 +202,19 @@ def _folder(folder: Path) -> list[Entry]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir():
-            wanted = bool(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path)))
-        else:
-            wanted = suffix_of(path) in SUFFIXES and not (suffix_of(path) == ".img" and path.with_suffix(".hdr").exists())
-        if wanted:
-            found.append(Entry(_stem(path), path))
+        if is_image(path) and not (suffix_of(path) == ".img" and path.with_suffix(".hdr").exists()):
+            found.append(Entry(stem_of(path), path))
     return found
 
 
 def _folder_tip(source: Path) -> str:
-    return f"regtool reads {' '.join(SUFFIXES)} and folders of DICOM files" if source.is_dir() else "expected one line for each image"
+    return f"regtool reads {' '.join(image_suffixes())} and folders of DICOM files" if source.is_dir() else "expected one line for each image"
 
 
 def _table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The columns, and (line number, cells by column) of every row that is not blank. InputError for what is no list of pairs or images."""
     require_file(path, "list")
-    if suffix_of(path) in SUFFIXES:
+    if suffix_of(path) in image_suffixes():
         raise InputError(f"{path} is an image, expected a list", tip="name a PAIRS.csv, an IMAGES.csv or a folder of images")
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -12,8 +12,8 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
 from regtool.geometry.sampling import displacement_on
 from regtool.geometry.transforms import DisplacementField, Transform
-from regtool.io.images import to_sitk
-from regtool.io.itk_transforms import to_sitk_transform
+from regtool.io.images.itk import to_sitk
+from regtool.io.transforms.itk import to_sitk_transform
 
 INTERPOLATORS = {"nearest": sitk.sitkNearestNeighbor, "bspline": sitk.sitkBSpline}
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from regtool.errors import InputError, UsageError
+from regtool.io.formats import transform_suffixes
 from regtool.io.pairs import Pair
-from regtool.io.transforms import FIELDS, ITK
 
 log = logging.getLogger("regtool")
 
@@ -29,7 +29,7 @@ def find_result(run: Path, name: str) -> Path | None:
     folder = run / name
     if (folder / "transform.h5").exists() or any(folder.glob("TransformParameters.*.txt")):
         return folder
-    return next((path for suffix in (*ITK, *FIELDS) if (path := run / f"{name}{suffix}").exists()), None)
+    return next((path for suffix in transform_suffixes() if (path := run / f"{name}{suffix}").exists()), None)
 
 
 def pairs_with_results(

@@ -13,9 +13,10 @@ from regtool.config.schema import Augment
 from regtool.deformation.velocity import velocity as integrated
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Labels
+from regtool.geometry.inversion import preimages
 from regtool.geometry.sampling import sample, voxel_grid, warp_labels, warp_voxels
 from regtool.geometry.splines import bspline_kernel
-from regtool.geometry.transforms import DisplacementField, Transform
+from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.preprocessing.batch import Batch, Points
 
 KNOTS = 8  # points at which the elastic field is made, for each of its control points along an axis
@@ -170,27 +171,10 @@ def _spline(n: int, m: int, spacing: float) -> torch.Tensor:
 
 
 def _preimage(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """(P, D) y with `y + u(y) = points`, by Newton's method, whose step shrinks where it does not help.
-
-    (The fixed-point iteration of `fields.invert` asks for |du/dx| < 1, which a displacement of many voxels exceeds.)
-    """
+    """(P, D) y with `y + u(y) = points`, in voxels."""
     u, q = field.double(), points.to(field.device).double()
-    ndim = q.shape[1]
-    ahead = torch.eye(ndim, dtype=q.dtype, device=q.device) / 2
-
-    def left(y: torch.Tensor) -> torch.Tensor:
-        return y + sample(u, y).T - q
-
-    y, error, step = q, left(q), torch.ones_like(q[:, :1])
-    for _ in range(100):
-        if bool((error.norm(dim=1) < 1e-4).all()):
-            break
-        jacobian = torch.stack([left(y + h) - left(y - h) for h in ahead], dim=-1)
-        trial = y - step * (torch.linalg.pinv(jacobian) @ error[..., None])[..., 0]
-        found = left(trial)
-        better = found.norm(dim=1, keepdim=True) < error.norm(dim=1, keepdim=True)
-        y, error, step = torch.where(better, trial, y), torch.where(better, found, error), torch.where(better, (2 * step).clamp(max=1), step / 2)
-    return y.to(points)
+    found, _ = preimages(lambda y: y + sample(u, y).T, q, Affine.identity(q.shape[1]), tolerance=1e-4, apart=1.0)
+    return found.to(points)
 
 
 def _nearest(labels: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:

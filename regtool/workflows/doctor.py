@@ -21,8 +21,7 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
 from regtool.geometry.sampling import grid_points
 from regtool.geometry.transforms import Affine, Transform
-from regtool.io.images import read_image
-from regtool.io.inspect import read_facts
+from regtool.io.images import read_facts, read_image
 from regtool.preprocessing.intensity import one_channel
 from regtool.preprocessing.pair import image_on_grid, prepare
 from regtool.preprocessing.resolution import network_grid

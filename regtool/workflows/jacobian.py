@@ -23,7 +23,7 @@ from regtool.geometry.sampling import warp_labels
 from regtool.geometry.transforms import Transform
 from regtool.io.files import atomic, refuse_existing
 from regtool.io.images import check_writable, read_grid, read_labels, write_image
-from regtool.io.transforms import total_displacement
+from regtool.io.transforms.sampled import total_displacement
 from regtool.workflows.warp import read_transforms
 
 LOG_FLOOR = 1e-3  # where space folds there is no logarithm: it is that of this volume ratio

@@ -16,6 +16,7 @@ from regtool.geometry.images import Annotations, Image
 from regtool.geometry.sampling import warp
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.files import check_folder, refuse_existing
+from regtool.io.formats import stem_of
 from regtool.io.inputs import PairFiles, read_pair
 from regtool.io.transforms import read_transform
 from regtool.methods.resolve import Resolved, resolve
@@ -127,12 +128,7 @@ def register(request: Request, progress: ProgressCallback | None = None, resolve
 
 def default_output(fixed: Path, moving: Path) -> Path:
     """`<moving>_to_<fixed>` in the working directory, names without their suffixes."""
-    return Path.cwd() / f"{_stem(moving)}_to_{_stem(fixed)}"
-
-
-def _stem(path: Path) -> str:
-    name = path.resolve().name
-    return name[: -len(".nii.gz")] if name.endswith(".nii.gz") else Path(name).stem
+    return Path.cwd() / f"{stem_of(moving.resolve())}_to_{stem_of(fixed.resolve())}"
 
 
 def _open(output: Path, overwrite: bool) -> None:

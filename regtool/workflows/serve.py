@@ -57,7 +57,7 @@ def serve() -> None:
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
 
-    from regtool.io.images import silence_itk
+    from regtool.io.itk import silence_itk
     from regtool.methods.resolve import resolve
 
     silence_itk()

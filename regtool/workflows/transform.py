@@ -19,13 +19,12 @@ from regtool.io.images import read_grid
 from regtool.io.learn2reg import read_learn2reg, write_learn2reg
 from regtool.io.transforms import (
     check_transform_writable,
-    own_grid,
     read_transform,
-    total_displacement,
     write_ants,
     write_transform,
-    write_transformix_pair,
 )
+from regtool.io.transforms.elastix import write as write_transformix
+from regtool.io.transforms.sampled import own_grid, total_displacement
 from regtool.workflows.warp import read_transforms
 
 
@@ -156,7 +155,7 @@ def _write_as(transform: Transform, output: Path, grid: Grid | None, target: Tar
     if target == "ants":
         return write_ants(transform, output, grid)
     if target == "transformix":
-        return write_transformix_pair(transform, output, grid)
+        return write_transformix(transform, output, grid)
     if target == "learn2reg":
         write_learn2reg(total_displacement(transform, grid), output)
         return [output]

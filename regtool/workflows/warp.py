@@ -20,7 +20,8 @@ from regtool.geometry.inversion import invert_points
 from regtool.geometry.sampling import transform_points, warp, warp_labels
 from regtool.geometry.transforms import Transform, chained
 from regtool.io.files import refuse_existing
-from regtool.io.images import check_writable, read_grid, read_image, read_labels, suffix_of, write_image, write_labels
+from regtool.io.formats import stem_of, suffix_of
+from regtool.io.images import check_writable, read_grid, read_image, read_labels, write_image, write_labels
 from regtool.io.points import check_points_writable, map_points
 from regtool.io.resample import warp_with
 from regtool.io.transforms import read_transform
@@ -196,9 +197,7 @@ def _outputs(sources: Sequence[Path], output: Path) -> list[Path]:
         raise UsageError(f"{len(sources)} files cannot be written to the one file {output}", tip="name a folder with -o")
     out = []
     for source in sources:
-        suffix = ".mrk.json" if source.name.lower().endswith(".mrk.json") else suffix_of(source)
-        stem = source.name[: len(source.name) - len(suffix)] if suffix else source.name
-        out.append(output / f"{stem}_warped{suffix if not source.is_dir() else '.nii.gz'}")
+        out.append(output / f"{stem_of(source)}_warped{'.nii.gz' if source.is_dir() else suffix_of(source)}")
     twice = next((p for p in out if out.count(p) > 1), None)
     if twice is not None:
         raise UsageError(f"two inputs would both be written to {twice}", tip="warp them one by one")

@@ -20,12 +20,12 @@ from regtool.geometry.images import Image, Landmarks
 from regtool.geometry.sampling import displacement_on, transform_points
 from regtool.geometry.transforms import Affine, DisplacementField, Transform
 from regtool.io.images import read_image, write_image
-from regtool.io.itk_transforms import to_sitk_transform
 from regtool.io.points import write_points
 from regtool.io.transforms import read_transform, write_ants, write_transform
+from regtool.io.transforms.itk import to_sitk_transform
 from regtool.workflows.register import Request, register
 from tests.conftest import DATA, random_grid, smooth_field
-from tests.io.test_transforms import bspline_file
+from tests.io.transforms.cases import bspline_file
 
 PYTHON = os.environ.get("REGTOOL_INTEROP_PYTHON", "")
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(not PYTHON, reason="REGTOOL_INTEROP_PYTHON names no other environment")]

@@ -20,7 +20,7 @@ from regtool.io.transforms import read_transform, write_transform
 from regtool.workflows.jacobian import jacobian
 from regtool.workflows.transform import compose_transforms, convert_transform, covering, invert_transform, inverted, transform_info
 from tests.conftest import random_grid, random_image, smooth_field, to_sitk
-from tests.io.test_transforms import bspline_file
+from tests.io.transforms.cases import bspline_file
 from tests.workflows.test_warp import Case, call, inner_points
 
 

@@ -19,9 +19,9 @@ from regtool.geometry.inversion import invert_points
 from regtool.geometry.sampling import transform_points
 from regtool.geometry.transforms import Affine, DisplacementField, PointMap, Transform
 from regtool.io.images import write_image
-from regtool.io.itk_transforms import to_sitk_transform
 from regtool.io.points import read_points, write_points
 from regtool.io.transforms import write_ants, write_transform
+from regtool.io.transforms.itk import to_sitk_transform
 from regtool.workflows.warp import warp_images, warp_points
 from tests.conftest import random_grid, random_image, smooth_field, to_sitk
 

@@ -12,11 +12,14 @@ import SimpleITK as sitk
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Array, Grid
 from regtool.geometry.sampling import transform_points
-from regtool.geometry.transforms import DisplacementField, Part, PointMap, Transform
+from regtool.geometry.transforms import Part, PointMap, Transform
 from regtool.io.bspline import bspline
 from regtool.io.files import require_file, write_text
-from regtool.io.images import read_displacement
-from regtool.io.itk_transforms import from_sitk_transform, read_itk
+from regtool.io.formats import find_format, head_of
+from regtool.io.images import read_displacement, write_displacement
+from regtool.io.transforms.itk import from_sitk_transform, read_with_itk
+from regtool.io.transforms.record import TransformFormat
+from regtool.io.transforms.sampled import total_displacement
 
 LINE = re.compile(r"^\s*\(\s*(\w+)\s*(.*?)\s*\)\s*(//.*)?$")
 VALUE = re.compile(r'"([^"]*)"|(\S+)')
@@ -25,22 +28,26 @@ BSPLINES = ("BSplineTransform", "RecursiveBSplineTransform")
 SUPPORTED = (*LINEAR, *BSPLINES, "DeformationFieldTransform", "File")
 
 
-def is_elastix(path: Path) -> bool:
-    """Whether a text file is a transform parameter file of elastix: ITK's transforms share its suffix."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-    except OSError:
-        return False
-    return re.search(rb"^\s*\(\s*Transform\s+\"", head, flags=re.MULTILINE) is not None or path.name.startswith("TransformParameters")
+def recognise(path: Path, head: bytes) -> bool:
+    """ITK's text files share the suffix: elastix names the kind of transform first."""
+    return path.name.startswith("TransformParameters") or re.search(rb"^\s*\(\s*Transform\s+\"", head, flags=re.MULTILINE) is not None
 
 
-def read_elastix(path: Path) -> Transform:
+def read(path: Path) -> Transform:
     """A transform parameter file with the chain of initial transforms it names. InputError for kinds that regtool does not know."""
     return _read(path, seen=())
 
 
-def transformix_text(grid: Grid, field: Path) -> str:
+def write(transform: Transform, path: Path, grid: Grid | None = None) -> list[Path]:
+    """A parameter file for `transformix -tp`, and beside it the field (`.mha`) that it names by its absolute path. Returns both paths."""
+    field = total_displacement(transform, grid)
+    image = path.with_suffix(".mha")
+    write_displacement(field, image)
+    write_text(path, _transformix_text(field.grid, image))
+    return [path, image]
+
+
+def _transformix_text(grid: Grid, field: Path) -> str:
     """The parameter file that makes transformix apply the displacement field in `field` on `grid`.
 
     The path is made absolute: transformix looks relative ones up in its working directory. Interpolation order 1: its default is the nearest vector.
@@ -71,11 +78,6 @@ def transformix_text(grid: Grid, field: Path) -> str:
 (ResultImagePixelType "float")
 (CompressResultImage "true")
 """
-
-
-def write_transformix(field: DisplacementField, path: Path, field_path: Path) -> None:
-    """The parameter file at `path`, atomically, for a field written to `field_path` before."""
-    write_text(path, transformix_text(field.grid, field_path))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Transform:
 
 def _read_initial(path: Path, seen: tuple[Path, ...]) -> Transform:
     require_file(path, "initial transform")
-    return _read(path, seen) if is_elastix(path) else read_itk(path)
+    if recognise(path, head_of(path)):
+        return _read(path, seen)
+    other = find_format(TransformFormat, path)
+    return read_with_itk(path) if other is None else other.read(path)
 
 
 def _parsed(path: Path) -> dict[str, tuple[str, ...]]:
@@ -217,3 +222,6 @@ def _sum(first: Transform, second: Transform) -> PointMap:
         return transform_points(first, points) + transform_points(second, points) - points
 
     return PointMap(move, first.ndim, "sum of transforms")
+
+
+FORMAT = TransformFormat(suffixes=(".txt",), recognise=recognise, read=read, write=write)

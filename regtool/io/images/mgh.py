@@ -11,15 +11,17 @@ import numpy as np
 import SimpleITK as sitk
 
 from regtool.errors import InputError
+from regtool.io.formats import suffix_of
+from regtool.io.images.record import ImageFormat
 
 TYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2", 10: ">u2"}
 HEADER = 284
 
 
-def read_mgh(path: Path) -> sitk.Image:
+def read(path: Path, _fix_header: bool) -> sitk.Image:
     """The volume with FreeSurfer's geometry (`c_ras` is the centre) turned into ITK's LPS. Several frames become a 4-D image."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".mgz" else path.read_bytes()
+        raw = gzip.decompress(path.read_bytes()) if suffix_of(path) == ".mgz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as an image: {error}", tip="the file is damaged; copy or export it again") from error
     if len(raw) < HEADER or struct.unpack_from(">i", raw)[0] != 1:
@@ -44,3 +46,6 @@ def read_mgh(path: Path) -> sitk.Image:
         image.SetOrigin((to_lps @ origin).tolist())
         image.SetDirection((to_lps @ cosines).ravel().tolist())
     return sitk.JoinSeries(images) if frames > 1 else images[0]
+
+
+FORMAT = ImageFormat(suffixes=(".mgz", ".mgh"), read=read)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regtool.config.choices import PointSpace as Space
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.images import Landmarks
-from regtool.io.points import Space, check_points_writable, is_point_file, map_points, read_points, write_points
+from regtool.io.points import check_points_writable, is_point_file, map_points, read_points, write_points
 from tests.conftest import random_grid
 
 LPS = np.array([[1.5, -2.25, 3.0], [40.0, 50.0, -60.125], [0.0, 0.0, 7.0]])

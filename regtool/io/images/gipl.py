@@ -1,0 +1,8 @@
+"""GIPL, the format of the Guy's Image Processing Laboratory."""
+
+from __future__ import annotations
+
+from regtool.io.images.itk import itk_facts, read_with_itk
+from regtool.io.images.record import ImageFormat
+
+FORMAT = ImageFormat(suffixes=(".gipl",), read=read_with_itk, facts=itk_facts)
