@@ -7,14 +7,10 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from regtool.cohort.folder import PairFolder
 from regtool.errors import RegtoolError
-
-if TYPE_CHECKING:
-    pass
-
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next pair would fail as this one did
 LOG_BYTES = 4000  # of what a dead process said last
@@ -29,7 +25,7 @@ class Task:
     cohort: str
     inputs: Mapping[str, str]
     parameter_file: str | None
-    overrides: tuple[str, ...]
+    overrides: Mapping[str, Any]
     fix_header: bool
     command: str
     names: Mapping[str, str]

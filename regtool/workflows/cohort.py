@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from regtool.cohort.pools import LocalPool, Pool, shares
 from regtool.cohort.table import row_of, write_results
 from regtool.cohort.tasks import Answer, Task
 from regtool.config.schema import Parameters, Run
+from regtool.config.toml import merged
 from regtool.errors import OutputError, ParameterError, UsageError
 from regtool.io.files import check_folder, sha256, write_text
 from regtool.io.pairs import Pair, Pairs, read_list
@@ -44,7 +44,7 @@ class Request:
     source: Path | None
     output: Path
     parameter_file: Path | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     template: Path | None = None
     bids_dir: Path | None = None
     ending: str = "T1w"
@@ -92,7 +92,7 @@ def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None,
     if request.bids:
         bids.describe(request.output, request.bids_dir)
     finished = {k for k in mine if request.resume and folders[k].finished() is not None}
-    overrides = (*request.overrides, *_absolute(run))
+    overrides = merged(request.overrides, _absolute(run))
     file = None if request.parameter_file is None else str(request.parameter_file.absolute())
     tasks = []
     for k in mine:
@@ -115,10 +115,10 @@ def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None,
     return _summary(request, rows, mine, len(finished), time.monotonic() - started)
 
 
-def _absolute(run: Run) -> tuple[str, ...]:
+def _absolute(run: Run) -> dict[str, Any]:
     """Paths among the parameters, for whoever works in another folder."""
     initial = None if run.initial_transform is None else str(Path(run.initial_transform).absolute())
-    return tuple(f"run.{key}={json.dumps(path, ensure_ascii=False)}" for key, path in (("model", run.model), ("initial_transform", initial)) if path)
+    return {"run": {key: path for key, path in (("model", run.model), ("initial_transform", initial)) if path}}
 
 
 def _work(
@@ -128,7 +128,7 @@ def _work(
     pool: Pool
     if request.scheduler is not None:
         threads = run.threads or 1
-        own = [replace(task, overrides=(*task.overrides, f"run.threads={threads}")) for task in tasks]
+        own = [replace(task, overrides=merged(task.overrides, {"run": {"threads": threads}})) for task in tasks]
         pool = ClusterPool(request.scheduler, own, request.retry, request.timeout, threads)
     else:
         pool = LocalPool(tasks, shares(min(request.jobs, len(tasks)), run), request.retry, request.timeout)

@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def perform(task: Task, resolver: Resolver) -> Answer:
         stamps = pair.stamps()
         file = None if task.parameter_file is None else Path(task.parameter_file)
         paths: dict[str, Any] = {**pair.inputs}
-        request = Request(**paths, output=pair.folder, parameter_file=file, overrides=tuple(task.overrides), fix_header=task.fix_header)
+        request = Request(**paths, output=pair.folder, parameter_file=file, overrides=task.overrides, fix_header=task.fix_header)
         report = register(replace(request, overwrite=True, command=task.command), None, resolver).report
         if task.names:
             report = export(Path(task.cohort), pair, task.names, report)
@@ -58,10 +59,17 @@ def serve() -> None:
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
 
     from regtool.io.images import silence_itk
-    from regtool.methods.resolve import resolve
+    from regtool.methods.resolve import Resolved, resolve
 
     silence_itk()
-    remembered = functools.lru_cache(maxsize=4)(resolve)  # one model, read once for each dimension
+
+    @functools.lru_cache(maxsize=4)  # one model, read once for each dimension
+    def resolved(file: Path | None, overrides: str, ndim: int | None) -> Resolved:
+        return resolve(file, json.loads(overrides), ndim)
+
+    def remembered(file: Path | None, overrides: Mapping[str, Any], ndim: int | None) -> Resolved:
+        return resolved(file, json.dumps(overrides), ndim)
+
     while True:
         task = Task(**json.loads(tasks.get()))
         with contextlib.suppress(OSError):  # the largest memory is counted from here, where the system allows it

@@ -9,8 +9,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ SUPERVISED = {"supervision": {"dice": 1.0, "displacement": 0.1}}  # of synthetic
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `section.key=value`.
+    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `{"section": {"key": value}}`.
 
     synthetic: instead of data.
     """
@@ -67,7 +67,7 @@ class Request:
     data: Path | None
     output: Path
     parameter_file: Path | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     validation: Path | None = None
     atlas: Path | None = None
     atlas_labels: Path | None = None
