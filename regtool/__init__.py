@@ -54,11 +54,11 @@ def register(
         Path(x) if isinstance(x, str | PathLike) else from_sitk(x, name) for x, name in ((fixed, "fixed image"), (moving, "moving image"))
     ]
     request = Request(
-        sources[0],
-        sources[1],
-        None if output is None else Path(output),
-        None if parameters is None else Path(parameters),
-        merged(*(nested(key, value) for key, value in given.items() if value is not None)),
+        fixed=sources[0],
+        moving=sources[1],
+        output=None if output is None else Path(output),
+        parameter_file=None if parameters is None else Path(parameters),
+        overrides=merged(*(nested(key, value) for key, value in given.items() if value is not None)),
         overwrite=overwrite,
         command="regtool.register(...)",
     )

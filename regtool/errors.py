@@ -78,3 +78,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def expected_one_of(word: str, known: Iterable[str]) -> str:
+    """`expected none, center or moments; did you mean 'center'?`, the question only where a name is near."""
+    names = list(known)
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f"expected {', '.join(names[:-1])} or {names[-1]}" + (f"; did you mean {near[0]!r}?" if near else "")

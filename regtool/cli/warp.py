@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from regtool.cli.console import emit, logs
-from regtool.cli.options import OUTPUT, Device, FixHeader, Json, Overwrite, Quiet, Threads, Verbose
+from regtool.cli.console import emit
+from regtool.cli.grouped import grouped
+from regtool.cli.options import OUTPUT, Device, FixHeader, ResultOptions, Threads, choice
 from regtool.config.choices import Interpolation, PointOrigin, PointSpace
 
 Transforms = Annotated[
@@ -24,7 +25,9 @@ Transforms = Annotated[
 ]
 
 
+@grouped
 def warp(
+    *,
     inputs: Annotated[
         list[Path],
         typer.Argument(
@@ -43,7 +46,7 @@ def warp(
     ] = None,
     interpolation: Annotated[
         Interpolation,
-        typer.Option("--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`."),
+        choice(Interpolation, "--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`.", show_default=True),
     ] = "linear",
     outside: Annotated[
         float | None,
@@ -51,9 +54,16 @@ def warp(
     ] = None,
     start: Annotated[
         PointOrigin,
-        typer.Option("--from", help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse."),
+        choice(
+            PointOrigin,
+            "--from",
+            help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse.",
+            show_default=True,
+        ),
     ] = "fixed",
-    space: Annotated[PointSpace, typer.Option("--space", help="Points: what the numbers are, where the file does not say itself.")] = "lps",
+    space: Annotated[
+        PointSpace, choice(PointSpace, "--space", help="Points: what the numbers are, where the file does not say itself.", show_default=True)
+    ] = "lps",
     output_like: Annotated[
         Path | None,
         typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
@@ -61,10 +71,7 @@ def warp(
     fix_header: FixHeader = False,
     device: Device = None,
     threads: Threads = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reporting: ResultOptions,
 ) -> None:
     """Apply a transform to images and label maps (2-D, 3-D, 4-D frame by frame), to points and to meshes.
 
@@ -81,14 +88,16 @@ def warp(
     from regtool.runtime import computing, pick_device
     from regtool.workflows.warp import warp_images, warp_points
 
-    logs(-1 if quiet else verbose)
+    reporting.start_logs()
     points = [is_point_file(p) for p in inputs]
     if any(points) and not all(points):
         raise UsageError("images and points cannot be warped in one call", tip="call `regtool warp` once for each kind")
     result: dict[str, Any]
     with computing(threads):
         if all(points):
-            moved = warp_points(inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=overwrite)
+            moved = warp_points(
+                inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=reporting.overwrite
+            )
             result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": start}
             table = [("points", f"{sum(moved.counts)} from {start} space")]
             if moved.residual_mm is not None:
@@ -99,11 +108,11 @@ def warp(
             if like is None:
                 raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
             warped = warp_images(
-                inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=overwrite, fix_header=fix_header,
+                inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=reporting.overwrite, fix_header=fix_header,
                 device=pick_device(device or "auto"),
             )  # fmt: skip
             result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
             table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]
             outputs, seconds = warped.outputs, warped.seconds
     table += [("written to", str(p)) for p in outputs]
-    emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], as_json)
+    emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], reporting.as_json)

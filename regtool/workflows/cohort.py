@@ -33,7 +33,7 @@ RESERVED = (IDENTITY, RESULTS, PAGE)
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the command line says. source: a list of pairs or images, or a folder; template: the fixed image of every pair of such a list of images.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,11 +34,12 @@ log = logging.getLogger("regtool")
 Resolver = Callable[[Path | None, Mapping[str, Any], int | None], Resolved]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the command line says. fixed, moving: a path, or an image in memory.
 
-    output: the folder to write, or None to write nothing. overrides: `{"section": {"key": value}}`. started: `time.perf_counter()` when the process began.
+    output: the folder to write, or None to write nothing. overrides: `{"section": {"key": value}}`. started: `time.perf_counter()` when the process
+    began.
     """
 
     fixed: Path | Image

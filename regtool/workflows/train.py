@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,11 +58,11 @@ LEARNING, VALIDATING = 0, 1  # streams of synthetic pairs that have none in comm
 SUPERVISED = {"supervision": {"dice": 1.0, "displacement": 0.1}}  # of synthetic pairs, unless told otherwise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `{"section": {"key": value}}`.
+    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; synthetic: instead of data.
 
-    synthetic: instead of data.
+    output: the run folder; overrides: `{"section": {"key": value}}`.
     """
 
     data: Path | None
