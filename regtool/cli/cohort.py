@@ -74,7 +74,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class CohortOutputOptions(OutputOptions):
-    """What is written, and where."""
+    """The same, and how it is named."""
 
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the cohort: DIR/ID/ for each pair.", metavar="DIR", rich_help_panel=OUTPUT)

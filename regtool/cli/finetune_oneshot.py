@@ -15,7 +15,6 @@ from regtool.cli.options import (
     METHOD,
     ImageOptions,
     MethodOptions,
-    OutputFolder,
     OutputOptions,
     RegistrationOptions,
     ResultOptions,
@@ -80,7 +79,6 @@ def finetune_oneshot(
     written: OutputOptions,
     run: RunOptions,
     reporting: ResultOptions,
-    output: OutputFolder = None,
 ) -> int:
     """Adapt a trained model to one pair and register that; or learn on the pair from scratch; or adapt to a site's few pairs.
 
@@ -102,7 +100,7 @@ def finetune_oneshot(
         for_pair = [registration.initial_transform, written.inverse, written.format, *(getattr(images, name) for name in OF_ONE_PAIR)]
         if any(x is not None for x in for_pair) or adaptation.from_scratch:
             raise UsageError("this option is for one pair, not for a list", tip="masks, labels and landmarks are columns of the list")
-        if output is None:
+        if written.output is None:
             raise UsageError("no folder is named for the adapted model", tip="name one with -o")
         if adaptation.iterations is not None:
             overrides = merged(overrides, nested("train.steps", _steps(adaptation.iterations)))
@@ -110,7 +108,7 @@ def finetune_oneshot(
 
         site = TrainingRequest(
             data=images.only,
-            output=output,
+            output=written.output,
             parameter_file=method.parameter_file,
             overrides=overrides,
             validation=adaptation.validation,
@@ -126,7 +124,7 @@ def finetune_oneshot(
     from regtool.workflows.finetune import finetune
     from regtool.workflows.register import Request, default_output
 
-    folder = output or default_output(fixed, moving)
+    folder = written.output or default_output(fixed, moving)
     request = Request(
         fixed=fixed,
         moving=moving,

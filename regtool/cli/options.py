@@ -75,11 +75,8 @@ Threads = Annotated[
 Set = Annotated[list[str] | None, _optional("--set", help="One parameter; may be repeated.", panel=METHOD, metavar="SECTION.KEY=VALUE")]
 Method = Annotated[
     str | None,
-    _optional("--method", "-m", help="Registration method; `regtool methods` lists them. Left out: no network.", panel=METHOD),
+    _optional("--method", "-m", help="Registration method; `regtool methods` lists them.", panel=METHOD),
     Sets("method"),
-]
-OutputFolder = Annotated[
-    Path | None, _optional("--output", "-o", help="Folder to write. Left out: MOVING_to_FIXED, here.", panel=OUTPUT, metavar="DIR")
 ]
 
 
@@ -229,8 +226,11 @@ class SeriesOptions(RegistrationOptions):
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written of a registration."""
+    """What is written of a registration, and where."""
 
+    output: Annotated[
+        Path | None, _optional("--output", "-o", help="Folder to write. Left out: MOVING_to_FIXED, here.", panel=OUTPUT, metavar="DIR")
+    ] = None
     inverse: Annotated[
         bool | None,
         _optional("--inverse/--no-inverse", help="Write the inverse displacement too, with its residual.", panel=OUTPUT),

@@ -10,7 +10,6 @@ from regtool.cli.grouped import grouped
 from regtool.cli.options import (
     ImageOptions,
     MethodOptions,
-    OutputFolder,
     OutputOptions,
     ResultOptions,
     RunOptions,
@@ -31,7 +30,6 @@ def register(
     written: OutputOptions,
     run: RunOptions,
     reporting: ResultOptions,
-    output: OutputFolder = None,
 ) -> int:
     """Register MOVING to FIXED: any size, spacing, orientation and format, 2-D, 3-D and 3-D over time.
 
@@ -53,7 +51,7 @@ def register(
     request = Request(
         fixed=fixed,
         moving=moving,
-        output=output or default_output(fixed, moving),
+        output=written.output or default_output(fixed, moving),
         parameter_file=method.parameter_file,
         overrides=overrides,
         overwrite=reporting.overwrite,
