@@ -6,13 +6,14 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from regtool.config.choices import methods
 from regtool.config.schema import Parameters
-from regtool.config.section import Section
+from regtool.config.section import Section, choices_of
 from regtool.config.toml import explained, merged, nearest, new_name, place_in_file, read_tables, with_new_names
 from regtool.errors import ParameterError, did_you_mean
 
@@ -38,6 +39,8 @@ def load(
         tables, lines = read_tables(path)
     overrides = with_new_names(overrides or {}, lambda old, new: log.warning("%s is now called %s", old, new))
     values = merged(copy.deepcopy(base or {}), tables, overrides)
+    if isinstance(values.get("method"), str) and values["method"].lower() in methods():
+        values["method"] = values["method"].lower()
     if defaults is not None and isinstance(values.get("method"), str):
         values = merged(copy.deepcopy(defaults(values["method"])), values)
     try:
@@ -134,14 +137,13 @@ def explanation(key: str, parameters: Parameters, engine: Section | None = None)
     facts = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {getattr(limit, short):g}" for limit in info.metadata for short, sign in signs.items() if hasattr(limit, short)]
-    choices = [str(choice) for part in (info.annotation, *get_args(info.annotation)) for choice in get_args(part) if isinstance(choice, str)]
     found = {
         "key": ".".join([*sections, name]),
         "meaning": info.description,
         "default": "left out" if value is None else value if isinstance(value, str | bool | int | float) else str(value),
         "unit": facts.get("unit"),
         "range": " and ".join(limits),
-        "choices": ", ".join(choices),
+        "choices": ", ".join(choices_of(info.annotation)),
         "chosen_on": facts.get("chosen_on"),
     }
     return {name: fact for name, fact in found.items() if fact not in (None, "")}

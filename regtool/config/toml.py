@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from regtool.errors import ParameterError, did_you_mean
+from regtool.errors import ParameterError, did_you_mean, nearest_name
 
 T = TypeVar("T")
 log = logging.getLogger("regtool")
@@ -35,6 +35,8 @@ def explained(troubles: Sequence[ErrorDetails], schema: type[BaseModel], place: 
     else:
         text = trouble["msg"].removeprefix("Value error, ")
         message = f"{text[0].lower()}{text[1:]}, got {trouble['input']!r}"
+        if trouble["type"] == "literal_error" and (near := nearest_name(str(trouble["input"]), re.findall(r"'([^']*)'", trouble["ctx"]["expected"]))):
+            message += f"; did you mean {near!r}?"
     more = f" (and {len(troubles) - 1} more)" if len(troubles) > 1 else ""
     return ParameterError(f"{place(key)}: {key}: {message}{more}", tip="`regtool parameters init METHOD` prints every parameter with its meaning")
 
