@@ -47,7 +47,7 @@ def _shard(text: str) -> tuple[int, int]:
     return part, parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     """Which pairs."""
 
@@ -85,7 +85,7 @@ class CohortOutputOptions(OutputOptions):
     ] = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkOptions:
     """How the pairs are worked off."""
 

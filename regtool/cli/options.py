@@ -158,7 +158,7 @@ class MethodOptions:
     overrides: Set = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RegistrationOptions:
     """Model, initialization, similarity and refinement."""
 

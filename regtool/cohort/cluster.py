@@ -58,7 +58,9 @@ class ClusterPool:
             return Answer(**future.result())
         if future.status == "error":
             error = future.exception()
-            return Answer(name, "failed", 1, error=f"{type(error).__name__}: {error}", tip="the log of the Dask worker tells more")
+            return Answer(
+                id=name, status="failed", exit_code=1, error=f"{type(error).__name__}: {error}", tip="the log of the Dask worker tells more"
+            )
         raise self._lost("lost the Dask scheduler at")
 
     def running(self) -> Mapping[str, float]:

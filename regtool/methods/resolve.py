@@ -23,7 +23,7 @@ log = logging.getLogger("regtool")
 DEFAULT_METHOD: str | None = "pyramid"  # of `register` without -m, where its weights for the dimension are in the package
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resolved:
     """parameters: complete, the engine's table included; engine: trained, or None where there is none or it learns on the pair; by_default: nobody
     asked for its weights.
@@ -49,7 +49,7 @@ def resolve(parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int
     wanted = _bundled(asked, ndim) if asked.run.model is None else asked.run.model
     if wanted is None or wanted == NO_MODEL:
         own = engine_section(asked, parameter_file, overrides)
-        return Resolved(_with_engine(asked, own), own)
+        return Resolved(parameters=_with_engine(asked, own), engine_parameters=own)
     path = find_model(str(wanted))
     card = read_card(path)
     brought = _brought(card, path)
@@ -67,7 +67,14 @@ def resolve(parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int
     run = parameters.run.model_copy(update={"model": path.stem if is_bundled(path) else str(path.resolve())})
     parameters = _with_engine(parameters, own).model_copy(update={"run": run})
     engine = None if ndim is None else load_model(path, ndim, parameters=parameters)[0]
-    return Resolved(parameters, own, engine, card, path, by_default=asked.method is None and asked.run.model is None)
+    return Resolved(
+        parameters=parameters,
+        engine_parameters=own,
+        engine=engine,
+        card=card,
+        model=path,
+        by_default=asked.method is None and asked.run.model is None,
+    )
 
 
 def _bundled(asked: Parameters, ndim: int | None) -> Path | None:

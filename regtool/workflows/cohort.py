@@ -61,7 +61,7 @@ class Request:
     command: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CohortEvent:
     """Where a cohort stands. finished: the row of a pair that has just ended; skipped: finished before; running: seconds by id."""
 
@@ -99,8 +99,18 @@ def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None,
         if k not in finished:
             inputs = {role: str(path) for role, path in folders[k].inputs.items()}
             names = bids.target_names(pairs[k]) if request.bids else {}
-            place = str(folders[k].folder), str(request.output.absolute())
-            tasks.append(Task(pairs[k].id, *place, inputs, file, overrides, request.fix_header, request.command, names))
+            task = Task(
+                id=pairs[k].id,
+                folder=str(folders[k].folder),
+                cohort=str(request.output.absolute()),
+                inputs=inputs,
+                parameter_file=file,
+                overrides=overrides,
+                fix_header=request.fix_header,
+                command=request.command,
+                names=names,
+            )
+            tasks.append(task)
     with graceful() as asked:
         started = time.monotonic()
         full: Answer | None = None
@@ -145,7 +155,18 @@ def _work(
                 speed = done / (time.monotonic() - started) * 60
                 left = (len(tasks) - done) / speed * 60 if done else None
                 finished = None if answer is None else _finished_row(by_id[answer.id], answer)
-                watch(CohortEvent(len(tasks) + skipped, done, failed, skipped, pool.running(), speed, left, finished))
+                watch(
+                    CohortEvent(
+                        total=len(tasks) + skipped,
+                        done=done,
+                        failed=failed,
+                        skipped=skipped,
+                        running=pool.running(),
+                        pairs_per_minute=speed,
+                        seconds_left=left,
+                        finished=finished,
+                    )
+                )
             if answer is not None and answer.stop:
                 return answer
             if answer is not None and answer.status == "failed" and request.fail_fast:

@@ -158,7 +158,7 @@ def test_passes_are_composed_while_they_help(
     def stands_in(*_: object) -> resolving.Resolved:
         parameters = read_parameters(None, merged(SMALL, QUICK, {"run": {"passes": passes}, "grid": {"max_voxels": 1000000}}))
         assert isinstance(parameters, Parameters)
-        return resolving.Resolved(parameters, None, engine)  # type: ignore[arg-type]
+        return resolving.Resolved(parameters=parameters, engine_parameters=None, engine=engine)  # type: ignore[arg-type]
 
     result = register(Request(fixed=blob(ndim, 0.0), moving=blob(ndim, 4.0)), resolver=stands_in)
     inner = (slice(None), *[slice(10, 22)] * ndim)

@@ -247,7 +247,7 @@ def test_both_ways_are_learned_from_labels_and_masks() -> None:
     labels = [(image > 0.5).long() for image in (batch.fixed, batch.moving)]
     mask = F.pad(torch.ones(1, 1, 16, 8), (0, 4))
     with torch.no_grad():
-        terms = engine.losses(Batch(batch.fixed, batch.moving, mask, None, *labels), "registration")
+        terms = engine.losses(Batch(batch.fixed, batch.moving, fixed_mask=mask, fixed_labels=labels[0], moving_labels=labels[1]), "registration")
         u = engine.displacement(batch.fixed, batch.moving)
     assert {"forward_dice", "backward_dice"} <= terms.keys()
     assert float(terms["forward_lncc"]) == pytest.approx(-float(lncc(batch.fixed, warp_voxels(batch.moving, u), mask)), abs=1e-6)

@@ -195,7 +195,7 @@ def test_masked_similarity(ndim: int) -> None:
     engine, batch = made(Parameters(method="voxelmorph"), ndim), pair(ndim)
     mask = torch.zeros_like(batch.fixed)
     mask[..., : mask.shape[-1] // 2] = 1
-    terms = engine.losses(Batch(batch.fixed, batch.moving, mask), "registration")
+    terms = engine.losses(Batch(batch.fixed, batch.moving, fixed_mask=mask), "registration")
     u = engine.displacement(batch.fixed, batch.moving)
     assert float(terms["lncc"].detach()) == pytest.approx(-float(lncc(batch.fixed, warp_voxels(batch.moving, u), mask).detach()), abs=1e-6)
 

@@ -134,7 +134,7 @@ def test_a_voxel_counts_the_same_however_many_do_not(ndim: int) -> None:
     sides = [14] * 2 * ndim
     mask = F.pad(torch.ones_like(fixed), sides)
     padded = [torch.where(mask > 0, F.pad(image, sides), torch.rand(mask.shape)) for image in (fixed, moving)]
-    for batch in (Batch(*padded, mask), Batch(*padded, None, mask), Batch(*padded, mask, mask)):
+    for batch in (Batch(*padded, fixed_mask=mask), Batch(*padded, moving_mask=mask), Batch(*padded, fixed_mask=mask, moving_mask=mask)):
         assert refine(batch, None, once, TrainingSimilarity(name="mse")).losses[0] * mask.numel() == pytest.approx(alone, rel=1e-4)
         both = refine(batch, None, once.model_copy(update={"symmetric": True}), TrainingSimilarity(name="mse")).losses[0]
         assert both * mask.numel() == pytest.approx(alone, rel=1e-4)
