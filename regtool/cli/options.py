@@ -66,18 +66,7 @@ FixHeader = Annotated[
     bool,
     typer.Option("--fix-header", help="Repair directions that are no rotation and spacings at or below zero, and say so.", rich_help_panel=IMAGES),
 ]
-Device = Annotated[
-    str | None, _optional("--device", help="auto, cpu, cuda, cuda:N or mps.", panel=RUN, metavar="NAME", parser=_device), Sets("run.device")
-]
-Threads = Annotated[
-    int | None, _optional("--threads", help="CPU threads; left out: all cores.", panel=RUN, min=1, max=MOST_THREADS), Sets("run.threads")
-]
 Set = Annotated[list[str] | None, _optional("--set", help="One parameter; may be repeated.", panel=METHOD, metavar="SECTION.KEY=VALUE")]
-Method = Annotated[
-    str | None,
-    _optional("--method", "-m", help="Registration method; `regtool methods` lists them.", panel=METHOD),
-    Sets("method"),
-]
 
 
 # What to register.
@@ -153,7 +142,9 @@ class ImageOptions(AnnotationOptions, MaskOptions, PairOptions):
 class MethodOptions:
     """The method, and parameters one by one or in a file."""
 
-    method: Method = None
+    method: Annotated[
+        str | None, _optional("--method", "-m", help="Registration method; `regtool methods` lists them.", panel=METHOD), Sets("method")
+    ] = None
     parameter_file: Annotated[Path | None, _optional("--parameters", "-p", help="Parameter file.", panel=METHOD, metavar="FILE.toml")] = None
     overrides: Set = None
 
@@ -241,11 +232,21 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Device, threads, memory, random numbers."""
+class ComputeOptions:
+    """Where to compute."""
 
-    device: Device = None
-    threads: Threads = None
+    device: Annotated[
+        str | None, _optional("--device", help="auto, cpu, cuda, cuda:N or mps.", panel=RUN, metavar="NAME", parser=_device), Sets("run.device")
+    ] = None
+    threads: Annotated[
+        int | None, _optional("--threads", help="CPU threads; left out: all cores.", panel=RUN, min=1, max=MOST_THREADS), Sets("run.threads")
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions(ComputeOptions):
+    """The same, memory and random numbers."""
+
     max_memory: Annotated[
         float | None,
         _optional(help="GB that may be used; the network grid is coarsened to fit.", panel=RUN, metavar="GB", callback=_positive),

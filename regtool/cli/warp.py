@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from regtool.cli.console import emit
 from regtool.cli.grouped import grouped
-from regtool.cli.options import OUTPUT, Device, FixHeader, ResultOptions, Threads, choice
+from regtool.cli.options import OUTPUT, ComputeOptions, FixHeader, ResultOptions, choice
 from regtool.config.choices import Interpolation, PointOrigin, PointSpace
 
 Transforms = Annotated[
@@ -23,6 +24,43 @@ Transforms = Annotated[
         show_default=False,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ImageWarpOptions:
+    """How images are warped."""
+
+    interpolation: Annotated[
+        Interpolation,
+        choice(Interpolation, "--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`.", show_default=True),
+    ] = "linear"
+    outside: Annotated[
+        float | None,
+        typer.Option("--outside", help="Value beyond the moving image. Left out: its minimum; 0 for label maps.", show_default=False),
+    ] = None
+    fix_header: FixHeader = False
+
+
+@dataclass(frozen=True)
+class PointWarpOptions:
+    """How points are warped."""
+
+    origin: Annotated[
+        PointOrigin,
+        choice(
+            PointOrigin,
+            "--from",
+            help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse.",
+            show_default=True,
+        ),
+    ] = "fixed"
+    space: Annotated[
+        PointSpace, choice(PointSpace, "--space", help="Points: what the numbers are, where the file does not say itself.", show_default=True)
+    ] = "lps"
+    output_like: Annotated[
+        Path | None,
+        typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
+    ] = None
 
 
 @grouped
@@ -44,33 +82,9 @@ def warp(
             "--like", metavar="FIXED", help="Image whose grid the result gets; with --space voxel the one that points count in.", show_default=False
         ),
     ] = None,
-    interpolation: Annotated[
-        Interpolation,
-        choice(Interpolation, "--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`.", show_default=True),
-    ] = "linear",
-    outside: Annotated[
-        float | None,
-        typer.Option("--outside", help="Value beyond the moving image. Left out: its minimum; 0 for label maps.", show_default=False),
-    ] = None,
-    start: Annotated[
-        PointOrigin,
-        choice(
-            PointOrigin,
-            "--from",
-            help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse.",
-            show_default=True,
-        ),
-    ] = "fixed",
-    space: Annotated[
-        PointSpace, choice(PointSpace, "--space", help="Points: what the numbers are, where the file does not say itself.", show_default=True)
-    ] = "lps",
-    output_like: Annotated[
-        Path | None,
-        typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
-    ] = None,
-    fix_header: FixHeader = False,
-    device: Device = None,
-    threads: Threads = None,
+    of_images: ImageWarpOptions,
+    of_points: PointWarpOptions,
+    place: ComputeOptions,
     reporting: ResultOptions,
 ) -> None:
     """Apply a transform to images and label maps (2-D, 3-D, 4-D frame by frame), to points and to meshes.
@@ -93,13 +107,11 @@ def warp(
     if any(points) and not all(points):
         raise UsageError("images and points cannot be warped in one call", tip="call `regtool warp` once for each kind")
     result: dict[str, Any]
-    with computing(threads):
+    with computing(place.threads):
         if all(points):
-            moved = warp_points(
-                inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=reporting.overwrite
-            )
-            result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": start}
-            table = [("points", f"{sum(moved.counts)} from {start} space")]
+            moved = warp_points(inputs, transform, output, like=like, overwrite=reporting.overwrite, **vars(of_points))
+            result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": of_points.origin}
+            table = [("points", f"{sum(moved.counts)} from {of_points.origin} space")]
             if moved.residual_mm is not None:
                 result["residual_mm"] = dict(zip(("mean", "max"), moved.residual_mm, strict=True))
                 table.append(("inverse residual", f"{moved.residual_mm[0]:.2g} mm mean, {moved.residual_mm[1]:.2g} mm largest"))
@@ -107,12 +119,10 @@ def warp(
         else:
             if like is None:
                 raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
-            warped = warp_images(
-                inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=reporting.overwrite, fix_header=fix_header,
-                device=pick_device(device or "auto"),
-            )  # fmt: skip
-            result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
-            table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]
+            device = pick_device(place.device or "auto")
+            warped = warp_images(inputs, transform, like, output, device=device, overwrite=reporting.overwrite, **vars(of_images))
+            result = {"outputs": [str(p) for p in warped.outputs], "interpolation": of_images.interpolation, "size": list(warped.grid.size)}
+            table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", of_images.interpolation)]
             outputs, seconds = warped.outputs, warped.seconds
     table += [("written to", str(p)) for p in outputs]
     emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], reporting.as_json)
