@@ -24,7 +24,7 @@ class Task:
     folder: str
     cohort: str
     inputs: Mapping[str, str]
-    parameter_file: str | None
+    parameter_file: str | None = None
     overrides: Mapping[str, Any]
     fix_header: bool
     command: str

@@ -54,7 +54,7 @@ def saved(folder: Path, ndim: int, shift: float, name: str) -> tuple[Path, Path]
 
 def engine_of(ndim: int, *settings: dict[str, Any]) -> Engine:
     torch.manual_seed(0)
-    return engines.build(engines.read_parameters(None, settings), ndim)
+    return engines.build(engines.read_parameters(None, merged(*settings)), ndim)
 
 
 def model(folder: Path, ndim: int, *settings: dict[str, Any]) -> Path:

@@ -181,7 +181,7 @@ def test_killed_at_any_moment_the_last_checkpoint_loads(data: Path, tmp_path: Pa
     run, steps = tmp_path / "run", 0
     more = ("--steps", "100000", "--set", "train.checkpoint_every=1", "--set", "train.validate_every=3")
     for resume in ((), ("--resume",)):
-        process = subprocess.Popen(command(data, run, more, *resume), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        process = subprocess.Popen(command(data, run, *more, *resume), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         wait_for(run / STATE, process, newer_than=time.time_ns())
         time.sleep(0.3 + 0.37 * len(resume))
         process.kill()
@@ -200,7 +200,7 @@ def test_a_signal_writes_a_checkpoint_and_ends(name: str, code: int, data: Path,
     run = tmp_path / "run"
     more = ("--steps", "100000", "--set", "train.checkpoint_every=100000", "--set", "train.validate_every=100000")
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    process = subprocess.Popen(command(data, run, more), preexec_fn=heeds_interrupts, **pipes)
+    process = subprocess.Popen(command(data, run, *more), preexec_fn=heeds_interrupts, **pipes)
     wait_for(run / "parameters.toml", process)
     time.sleep(1.0)
     if name == "SIGTERM":
