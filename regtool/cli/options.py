@@ -290,6 +290,9 @@ def overrides_of(settings: Iterable[str] | None, *groups: object) -> dict[str, A
 
     given = [(f"--set {text}", *parse_override(text)) for text in settings or ()]
     given += [found for group in groups for found in given_parameters(group)]
+    for said, _, value in given:
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # bytes of a file name that are no UTF-8
+            raise UsageError(f"{said}: this name is no UTF-8 text, as a parameter file is", tip="rename the file")
     overrides = merged(*(nested(key, value) for _, key, value in given))
     check_overrides(overrides, {key: said for said, key, _ in given})
     return overrides

@@ -14,7 +14,6 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from regtool.cohort.bids import export
 
 if TYPE_CHECKING:
+    from regtool.methods.resolve import Resolved
     from regtool.workflows.register import Resolver
 
 from regtool.cohort.tasks import Answer, Task, failed_answer
@@ -46,6 +46,16 @@ def perform(task: Task, resolver: Resolver) -> Answer:
     return Answer(id=task.id, status=report.status, exit_code=0 if report.status == "ok" else 4)
 
 
+def remembered(resolver: Resolver) -> Resolver:
+    """The resolver with its last answers kept: a model is read once for each dimension."""
+
+    @functools.lru_cache(maxsize=4)
+    def of_text(file: Path | None, overrides: str, ndim: int | None) -> Resolved:
+        return resolver(file, json.loads(overrides), ndim)
+
+    return lambda file, overrides, ndim: of_text(file, json.dumps(overrides), ndim)
+
+
 def serve() -> None:
     """Reads tasks from standard input and writes an answer for each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -59,22 +69,16 @@ def serve() -> None:
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
 
     from regtool.io.images import silence_itk
-    from regtool.methods.resolve import Resolved, resolve
+    from regtool.methods.resolve import resolve
 
     silence_itk()
 
-    @functools.lru_cache(maxsize=4)  # one model, read once for each dimension
-    def resolved(file: Path | None, overrides: str, ndim: int | None) -> Resolved:
-        return resolve(file, json.loads(overrides), ndim)
-
-    def remembered(file: Path | None, overrides: Mapping[str, Any], ndim: int | None) -> Resolved:
-        return resolved(file, json.dumps(overrides), ndim)
-
+    resolver = remembered(resolve)
     while True:
         task = Task(**json.loads(tasks.get()))
         with contextlib.suppress(OSError):  # the largest memory is counted from here, where the system allows it
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        answers.write(json.dumps(asdict(perform(task, remembered))) + "\n")
+        answers.write(json.dumps(asdict(perform(task, resolver))) + "\n")
         answers.flush()
 
 

@@ -27,7 +27,7 @@ from tests.conftest import blobs
 DeformGAN = load("deformgan")
 
 FILES = [f for f in sorted((Path(__file__).resolve().parents[2] / "parameter_files").glob("deformgan_*.toml")) if "_synthetic_" not in f.stem]
-SMALL = "engine.channels=[4, 8, 8]"
+SMALL = {"engine": {"channels": [4, 8, 8]}}
 
 
 def made(ndim: int, *settings: dict[str, Any], seed: int = 0) -> DeformGAN:

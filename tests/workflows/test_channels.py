@@ -57,7 +57,7 @@ def middle(result: Result) -> np.ndarray:
 def test_weights_1_and_0_are_the_first_channel_alone(ndim: int) -> None:
     fixed, moving = stacked(ball(ndim), still(ndim, 1)), stacked(ball(ndim, SHIFT), still(ndim, 2))
     for more in (
-        (),
+        {},
         {"align": {"method": "auto"}, "metric": {"name": "auto"}, "refine": {"iterations": 5}},
         {"method": "voxelmorph", "oneshot": {"iterations": 2}},
     ):
@@ -79,7 +79,7 @@ def test_a_channel_without_news_does_not_stop_the_other(ndim: int) -> None:
 
 def test_what_counts_more_wins(ndim: int) -> None:
     fixed, moving = stacked(ball(ndim), ball(ndim)), stacked(ball(ndim, SHIFT), ball(ndim, -SHIFT))
-    first, second = (middle(done(fixed, moving, {"metric": {"channel_weights": w}})) for w in ("[1,0.05]", "[0.05,1]"))
+    first, second = (middle(done(fixed, moving, {"metric": {"channel_weights": w}})) for w in ([1, 0.05], [0.05, 1]))
     assert (first > 0.5 * SHIFT).all() and (second < -0.5 * SHIFT).all()
 
 
@@ -111,7 +111,7 @@ def test_warped_keeps_all_channels_each_with_its_own_outside(tmp_path: Path, ndi
     write_image(moving, tmp_path / "m.nrrd")
     shift = sitk.TranslationTransform(ndim, [float(SIZE[ndim][-1]) / 2] + [0.0] * (ndim - 1))
     sitk.WriteTransform(shift, str(tmp_path / "t.tfm"))
-    overrides = merged(QUICK[:3], {"refine": {"iterations": 0}, "run": {"initial_transform": tmp_path / "t.tfm"}})
+    overrides = merged(QUICK, {"refine": {"iterations": 0}, "metric": {"name": "auto"}, "run": {"initial_transform": str(tmp_path / "t.tfm")}})
     register(Request(fixed=tmp_path / "f.nii.gz", moving=tmp_path / "m.nrrd", output=tmp_path / "out", overrides=overrides))
     warped = sitk.ReadImage(str(tmp_path / "out" / "warped.nii.gz"))
     source = sitk.ReadImage(str(tmp_path / "m.nrrd"))

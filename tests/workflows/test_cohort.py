@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import os
 import re
@@ -36,12 +35,12 @@ from regtool.config.toml import merged
 from regtool.errors import InputError, OutputError, ParameterError, RegtoolError, UsageError
 from regtool.methods import build
 from regtool.methods.model_file import save_model
-from regtool.methods.resolve import resolve
+from regtool.methods.resolve import Resolved, resolve
 from regtool.report.cohort import cohort_html, ranking, robust_z
 from regtool.workflows import cohort as workflow
 from regtool.workflows import register as single
 from regtool.workflows.cohort import CohortEvent, Request, cohort
-from regtool.workflows.serve import perform
+from regtool.workflows.serve import perform, remembered
 from tests.cli.test_cli import call
 from tests.conftest import blobs, set_options
 
@@ -243,9 +242,15 @@ def test_one_model_serves_all_pairs(tmp_path: Path) -> None:
     save_model(tmp_path / "m.safetensors", engine, parameters, name="random", training={})
     task = task_of(tmp_path, 2, {"run": {"model": f"{tmp_path}/m.safetensors"}, "refine": {"iterations": 0}, "guard": {"max_folding_percent": 100}})
     other = replace(task, folder=str(tmp_path / "out" / "b"), inputs={"fixed": task.inputs["moving"], "moving": task.inputs["fixed"]})
-    remembered = functools.lru_cache(maxsize=4)(resolve)
-    assert [perform(t, remembered).status for t in (other, task)] == ["ok", "ok"]
-    assert remembered.cache_info().misses == 1
+    asked: list[object] = []
+
+    def counted(*about: Any) -> Resolved:
+        asked.append(about)
+        return resolve(*about)
+
+    once = remembered(counted)
+    assert [perform(t, once).status for t in (other, task)] == ["ok", "ok"]
+    assert len(asked) == 1
     together = voxels(tmp_path / "out" / "a")
     assert perform(task, resolve).status == "ok" and voxels(tmp_path / "out" / "a") == together
     assert perform(replace(task, inputs={**task.inputs, "fixed": str(tmp_path / "gone.nii")}), remembered).exit_code == 3
