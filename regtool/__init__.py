@@ -43,8 +43,7 @@ def register(
     `{"oneshot.iterations": 100, "align.method": "center"}`. Of a moving time series, displacement and transform are the first time point's.
     Raises the errors of `regtool.errors`; a result beyond the `[qc]` thresholds has `report["status"] == "qc_failed"`.
     """
-    import json
-
+    from regtool.config.toml import merged, nested
     from regtool.geometry.images import Image
     from regtool.io.images import displacement_to_sitk, from_sitk, image_to_sitk
     from regtool.workflows.register import Request
@@ -55,11 +54,11 @@ def register(
         Path(x) if isinstance(x, str | PathLike) else from_sitk(x, name) for x, name in ((fixed, "fixed image"), (moving, "moving image"))
     ]
     request = Request(
-        sources[0],
-        sources[1],
-        None if output is None else Path(output),
-        None if parameters is None else Path(parameters),
-        tuple(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None),
+        fixed=sources[0],
+        moving=sources[1],
+        output=None if output is None else Path(output),
+        parameter_file=None if parameters is None else Path(parameters),
+        overrides=merged(*(nested(key, value) for key, value in given.items() if value is not None)),
         overwrite=overwrite,
         command="regtool.register(...)",
     )

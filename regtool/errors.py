@@ -73,8 +73,20 @@ class OutOfMemory(RegtoolError):
     exit_code = 5
 
 
+def nearest_name(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` may have meant."""
+    return next(iter(difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)), None)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'lncc'?` for the nearest known word, else the list of all."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    near = nearest_name(word, names)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(names)}"
+
+
+def expected_one_of(word: str, known: Iterable[str]) -> str:
+    """`expected none, center or moments; did you mean 'center'?`, the question only where a name is near."""
+    names = list(known)
+    near = nearest_name(word, names)
+    return f"expected {', '.join(names[:-1])} or {names[-1]}" + (f"; did you mean {near!r}?" if near else "")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"the real images ({DATA}) are not here"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def set_options(overrides: Mapping[str, Any], section: str = "") -> list[str]:
+    """Nested parameters as `--set section.key=value` words."""
+    words: list[str] = []
+    for key, value in overrides.items():
+        words += set_options(value, f"{section}{key}.") if isinstance(value, dict) else ["--set", f"{section}{key}={json.dumps(value)}"]
+    return words
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from regtool.config.choices import similarities
 from regtool.config.schema import Parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,13 @@ def test_parameters_that_are_named_exist(page: Path) -> None:
     for section, key in re.findall(r"`(?:--set )?([a-z_]+)\.([a-z_0-9]+)(?:=[^`]*)?`", page.read_text(encoding="utf-8")):
         if section in sections and key not in ("md", "py", "toml", "json", "html", "png"):
             assert key in type(sections[section]).model_fields, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lists_of_names_are_those_of_the_code(page: Path) -> None:
+    names = "|".join(similarities())
+    for found in re.findall(rf"`((?:auto\|)?(?:{names})(?:[ |](?:{names})){{3,}})`", page.read_text(encoding="utf-8")):
+        assert set(re.split(r"[ |]", found)) - {"auto"} == set(similarities())
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "development" not in p.parts], ids=lambda page: page.name)

@@ -71,7 +71,7 @@ PAIRS = {
 def test_register_a_real_pair(tmp_path: Path, name: str) -> None:
     fixed, moving = (DATA / p for p in PAIRS[name])
     quick = ("--refine", "10", "--set", "refine.max_voxels=100000", "--set", "grid.max_voxels=40000", "-q")
-    assert run("register", fixed, moving, "-o", tmp_path / "out", *quick) == 0
+    assert run("register", fixed, moving, "-o", tmp_path / "out", quick) == 0
     check_with_sitk_alone(fixed, moving, tmp_path / "out")
 
 
@@ -140,7 +140,7 @@ def test_published_weights_reach_their_dice(tmp_path: Path, fixed: str, moving: 
     paths = [brains / f"{fixed}.nii.gz", brains / f"{moving}.nii.gz"]
     labels = ("--fixed-labels", brains / f"{fixed}_labels.nii.gz", "--moving-labels", brains / f"{moving}_labels.nii.gz")
     alone = ("--refine", "none", "--set", "run.passes=1")
-    assert run("register", *paths, *labels, "--model", model, *alone, "-o", tmp_path / "out", "-q") == 0
+    assert run("register", *paths, *labels, "--model", model, alone, "-o", tmp_path / "out", "-q") == 0
     report = check_with_sitk_alone(*paths, tmp_path / "out")
     evaluated = (brains / "evaluated_labels.txt").read_text().split()
     for when, value in (("before", 0.522), ("after", expected)):

@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.manual_seed(1)
-    engine = build(read_parameters(None, ("method=voxelmorph", "engine.variant=vm1", "regularization.diffusion=1.0")), 3).train()
+    engine = build(read_parameters(None, {"method": "voxelmorph", "engine": {"variant": "vm1"}, "regularization": {"diffusion": 1.0}}), 3).train()
     with torch.no_grad():  # a field of some voxels, so that gradients are those of a training under way
         engine.network.head.weight.mul_(3e3)
     fixed, moving = images(options.shape)

@@ -49,7 +49,7 @@ def main() -> None:
     rows = read_list(arguments.pairs)
     heads = ["method", "direction", "fixed image", "pairs", "before", "network", "folding", "inverse consistency, voxels"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    trained = {method: resolve(None, (f"method={method}",), 2) for method in arguments.methods.split(",")}
+    trained = {method: resolve(None, {"method": method}, 2) for method in arguments.methods.split(",")}
     for (method, resolved), way, inverted in product(trained.items(), ("ES_to_ED", "ED_to_ES"), (False, True)):
         engine, parameters = resolved.engine, resolved.parameters
         if engine is None:

@@ -69,45 +69,41 @@ def main(arguments: list[str] | None = None) -> None:
             raise KeyboardInterrupt
         if sys.stdout is not None:
             sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
-    except typer.TyperException as error:
-        if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
-            sys.exit(2)
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "regtool"
-        _fail(error.format_message().replace("Value error, ", ""), f"`{path} --help` lists what it takes")
-        sys.exit(2)
-    except RegtoolError as error:
-        if debug:
-            stderr.print_exception()
-        _fail(error.what, error.tip or _general_tip(error))
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing half-written is left", None)
-        sys.exit(EXIT_INTERRUPTED)
-    except Terminated:
-        _fail("terminated; nothing half-written is left", None)
-        sys.exit(EXIT_TERMINATED)
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # typer makes it an exit with code 1
-            _reader_left()
+            sys.exit(_outcome(error.__context__)[0])
         raise
-    except BrokenPipeError:
-        _reader_left()
-    except OSError as error:
-        if debug:
+    except BaseException as error:
+        code, what, tip = _outcome(error)
+        if debug and isinstance(error, Exception) and not isinstance(error, typer.TyperException | typer.Abort | BrokenPipeError):
             stderr.print_exception()
-        _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", "check free space, and the permissions of files and folders")
+        _fail(what, tip)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _outcome(error: BaseException) -> tuple[int, str | None, str | None]:
+    """(exit code, what happened, tip) of what ended a verb; no words where there is nothing more to say, or nobody to hear it."""
+    if isinstance(error, typer.TyperException):
+        if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
+            return 2, None, None
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "regtool"
+        return 2, error.format_message().replace("Value error, ", ""), f"`{path} --help` lists what it takes"
+    if isinstance(error, RegtoolError):
+        return error.exit_code, error.what, error.tip or _general_tip(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return EXIT_INTERRUPTED, "interrupted; nothing half-written is left", None
+    if isinstance(error, Terminated):
+        return EXIT_TERMINATED, "terminated; nothing half-written is left", None
+    if isinstance(error, OSError):
         drop(sys.stdout)
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            stderr.print_exception()
-        _fail(f"{type(error).__name__}: {error}", "this is a bug in regtool; run again with --debug and report what it prints")
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):  # the reader of our stdout went away, as `| head -1` does: the work is done
+            return 0, None, None
+        return 1, f"{error.filename or 'standard output'}: {error.strerror or error}", "check free space, and the permissions of files and folders"
+    return 1, f"{type(error).__name__}: {error}", "this is a bug in regtool; run again with --debug and report what it prints"
 
 
-def _fail(what: str, tip: str | None) -> None:
+def _fail(what: str | None, tip: str | None) -> None:
     """One line, and one for the tip."""
     for label, style, text in (("error:", "bold red", what), ("tip:", "bold", tip)):
         if text:
@@ -122,12 +118,6 @@ def _general_tip(error: RegtoolError) -> str:
     if isinstance(error, InputError):
         return "correct that file, or export it again"
     return "`regtool --help` lists the verbs, `regtool VERB --help` what each takes"
-
-
-def _reader_left() -> None:
-    """The reader of our stdout went away, as `| head -1` does: the work is done, and nobody is there to be told."""
-    drop(sys.stdout)
-    sys.exit(0)
 
 
 def _terminate(_: int, __: FrameType | None) -> None:

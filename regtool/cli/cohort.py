@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from regtool.cli.console import clock, emit, logs, stderr
+from regtool.cli.console import clock, emit, stderr
+from regtool.cli.grouped import grouped
 from regtool.cli.options import (
     OUTPUT,
     RUN,
-    Align,
-    Device,
     FixHeader,
-    Format,
-    InitialTransform,
-    Inverse,
-    Json,
-    MaxMemory,
-    Method,
-    Model,
-    Overwrite,
-    ParameterFile,
-    Qc,
-    Quiet,
-    Refine,
-    Seed,
-    Set,
-    Similarity,
-    Symmetric,
-    Threads,
-    Time,
-    Verbose,
-    settings,
+    MethodOptions,
+    OutputOptions,
+    ResultOptions,
+    RunOptions,
+    SeriesOptions,
+    command_line,
+    registration_overrides,
 )
 from regtool.errors import UsageError
 
@@ -62,66 +47,71 @@ def _shard(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def cohort(
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Which pairs."""
+
     pairs: Annotated[
         Path | None,
         typer.Argument(help="PAIRS.csv (fixed,moving,…), or with --template a list of images or a folder.", metavar="PAIRS.csv", show_default=False),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the cohort: DIR/ID/ for each pair.", metavar="DIR", rich_help_panel=OUTPUT)
-    ] = None,
+    ] = None
     template: Annotated[
         Path | None,
         typer.Option("--template", help="The fixed image of every pair.", metavar="FILE", rich_help_panel=PAIRS, show_default=False),
-    ] = None,
+    ] = None
     bids_dir: Annotated[
         Path | None,
         typer.Option(
             "--bids-dir", help="A BIDS dataset: its subjects are brought onto the template.", metavar="DIR", rich_help_panel=PAIRS, show_default=False
         ),
-    ] = None,
-    ending: Annotated[str, typer.Option("--suffix", help="With --bids-dir: which images.", metavar="T1w", rich_help_panel=PAIRS)] = "T1w",
+    ] = None
+    ending: Annotated[str, typer.Option("--suffix", help="With --bids-dir: which images.", metavar="T1w", rich_help_panel=PAIRS)] = "T1w"
     shard: Annotated[
         str, typer.Option("--shard", help="Only the i-th of n parts, for job arrays; all may write to one DIR.", metavar="i/n", rich_help_panel=PAIRS)
-    ] = "1/1",
-    fix_header: FixHeader = False,
-    method: Method = None,
-    model: Model = None,
-    parameter_file: ParameterFile = None,
-    overrides: Set = None,
-    align: Align = None,
-    initial_transform: InitialTransform = None,
-    similarity: Similarity = None,
-    refine: Refine = None,
-    symmetric: Symmetric = None,
-    inverse: Inverse = None,
-    image_format: Format = None,
-    time: Time = None,
-    qc: Qc = None,
+    ] = "1/1"
+    fix_header: FixHeader = False
+
+
+@dataclass(frozen=True)
+class CohortOutputOptions(OutputOptions):
+    """The same, and how it is named."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the cohort: DIR/ID/ for each pair.", metavar="DIR", rich_help_panel=OUTPUT)
+    ] = None
     bids: Annotated[
         bool | None,
         typer.Option("--bids/--no-bids", help="Name outputs as BIDS derivatives; with --bids-dir the default.", rich_help_panel=OUTPUT),
-    ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Pairs at a time.", min=1, max=1024, rich_help_panel=RUN)] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on: finished pairs whose files are unchanged stay.", rich_help_panel=RUN)] = False,
-    retry: Annotated[int, typer.Option("--retry", help="Times that a pair which crashed is tried again.", min=0, max=100, rich_help_panel=RUN)] = 0,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """How the pairs are worked off."""
+
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Pairs at a time.", min=1, max=1024, rich_help_panel=RUN)] = 1
+    resume: Annotated[bool, typer.Option("--resume", help="Go on: finished pairs whose files are unchanged stay.", rich_help_panel=RUN)] = False
+    retry: Annotated[int, typer.Option("--retry", help="Times that a pair which crashed is tried again.", min=0, max=100, rich_help_panel=RUN)] = 0
     timeout: Annotated[
         float | None,
         typer.Option("--timeout", help="Give a pair up after so long.", metavar="SECONDS", min=1.0, rich_help_panel=RUN, show_default=False),
-    ] = None,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast/--keep-going", help="End with the first pair that fails.", rich_help_panel=RUN)] = False,
+    ] = None
+    fail_fast: Annotated[bool, typer.Option("--fail-fast/--keep-going", help="End with the first pair that fails.", rich_help_panel=RUN)] = False
     scheduler: Annotated[
         str | None,
         typer.Option("--scheduler", help="Register on the Dask cluster behind it.", metavar="ADDRESS", rich_help_panel=RUN, show_default=False),
-    ] = None,
-    device: Device = None,
-    threads: Threads = None,
-    max_memory: MaxMemory = None,
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    ] = None
+
+
+@grouped
+def cohort(
+    source: SourceOptions,
+    method: MethodOptions,
+    registration: SeriesOptions,
+    written: CohortOutputOptions,
+    work: WorkOptions,
+    run: RunOptions,
+    reporting: ResultOptions,
 ) -> int:
     """Register every pair of a list, each in a process of its own: a broken file or a crash costs that pair alone.
 
@@ -135,42 +125,34 @@ def cohort(
 
     `regtool cohort --bids-dir study --template MNI152.nii.gz -o study/derivatives/regtool`
     """
-    logs(-1 if quiet else verbose)
-    if output is None:
+    reporting.start_logs()
+    if written.output is None:
         raise UsageError("the output folder is missing", tip="-o DIR")
-    if resume and overwrite:
+    if work.resume and reporting.overwrite:
         raise UsageError("--resume keeps what is finished, --overwrite does not", tip="choose one of them")
-    part = _shard(shard)
-    given = settings(
-        method, model, align, initial_transform, similarity, refine, symmetric, inverse, image_format, time, device, threads, max_memory, seed, qc
-    )
+    part = _shard(source.shard)
+    overrides = registration_overrides(method, registration, written, run)
     from regtool.cli.signals import graceful_shutdown
-    from regtool.workflows.cohort import Request
-    from regtool.workflows.cohort import cohort as work
+    from regtool.workflows import cohort as workflow
 
-    request = Request(
-        pairs,
-        output,
-        parameter_file,
-        (*(overrides or ()), *given),
-        template,
-        bids_dir,
-        ending,
-        bids if bids is not None else bids_dir is not None,
-        jobs,
-        resume,
-        overwrite,
-        part,
-        retry,
-        timeout,
-        fail_fast,
-        scheduler,
-        fix_header,
-        shlex.join(["regtool", *sys.argv[1:]]),
+    request = workflow.Request(
+        source=source.pairs,
+        output=written.output,
+        parameter_file=method.parameter_file,
+        overrides=overrides,
+        template=source.template,
+        bids_dir=source.bids_dir,
+        ending=source.ending,
+        bids=written.bids if written.bids is not None else source.bids_dir is not None,
+        overwrite=reporting.overwrite,
+        shard=part,
+        fix_header=source.fix_header,
+        command=command_line(),
+        **vars(work),
     )
-    with _view(quiet) as watch:
-        report = work(request, watch, graceful_shutdown)
-    emit(report, _summary(report, output), as_json)
+    with _view(reporting.quiet) as watch:
+        report = workflow.cohort(request, watch, graceful_shutdown)
+    emit(report, _summary(report, written.output), reporting.as_json)
     return report.exit_code
 
 

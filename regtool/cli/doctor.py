@@ -5,16 +5,12 @@ from __future__ import annotations
 import typer
 
 from regtool.cli.console import emit
-from regtool.cli.options import Fixed, FixedOption, Json, Moving, MovingOption, pair
+from regtool.cli.grouped import grouped
+from regtool.cli.options import Json, PairOptions
 
 
-def doctor(
-    fixed: Fixed = None,
-    moving: Moving = None,
-    fixed_option: FixedOption = None,
-    moving_option: MovingOption = None,
-    as_json: Json = False,
-) -> None:
+@grouped
+def doctor(pair: PairOptions, as_json: Json = False) -> None:
     """Look at a pair before registering it: geometry, intensities, overlap, what is wrong with it, and the command to run.
 
     Answers for broken headers too; exit code 3 only where an image cannot be read at all.
@@ -27,7 +23,7 @@ def doctor(
 
     silence_itk()
 
-    found = examine(*pair(fixed, moving, fixed_option, moving_option))
+    found = examine(*pair.paths())
     emit(found.as_dict(), found.table(), as_json)
     if found.unreadable:
         raise typer.Exit(InputError.exit_code)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regtool.cli.console import emit, logs, stderr
-from regtool.cli.options import EXTRA, IMAGES, FixedOption, FixHeader, Json, MovingOption, Overwrite, Quiet, Verbose, pair
+from regtool.cli.console import emit, stderr
+from regtool.cli.grouped import grouped
+from regtool.cli.options import EXTRA, IMAGES, AnnotationOptions, FixHeader, PairOptions, ResultOptions, choice
 from regtool.config.choices import Protocol
+from regtool.errors import UsageError
 
 if TYPE_CHECKING:
     from regtool.report.schema import Difference, EvaluationListReport, EvaluationReport, MeanFacts
@@ -31,14 +34,20 @@ HEADLINES = (  # what the table shows, of all that is in the JSON
 )  # fmt: skip
 
 
-def evaluate(
+@dataclass(frozen=True)
+class EvaluatedPairOptions(PairOptions):
+    """The two images, or a list of pairs."""
+
     fixed: Annotated[
         Path | None,
         typer.Argument(metavar="FIXED|PAIRS.csv", help="The image that stays; or a list of pairs, as `cohort` takes it.", show_default=False),
-    ] = None,
-    moving: Annotated[Path | None, typer.Argument(help="The image that is brought onto it.", show_default=False)] = None,
-    fixed_option: FixedOption = None,
-    moving_option: MovingOption = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class OnePairOptions(AnnotationOptions):
+    """What is known of one pair."""
+
     transform: Annotated[
         list[Path] | None,
         typer.Option(
@@ -49,29 +58,26 @@ def evaluate(
             rich_help_panel=IMAGES,
             show_default=False,
         ),
-    ] = None,
-    inverse: Annotated[
+    ] = None
+    inverse_transform: Annotated[
         Path | None,
         typer.Option(
-            "--inverse-transform",
             metavar="FILE",
             help="From moving to fixed, for NMSE and inverse consistency. Left out: the one in the folder of --transform, if any.",
             rich_help_panel=IMAGES,
             show_default=False,
         ),
-    ] = None,
-    fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image.", rich_help_panel=EXTRA, show_default=False)] = None,
-    moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image.", rich_help_panel=EXTRA, show_default=False)] = None,
-    fixed_landmarks: Annotated[
-        Path | None, typer.Option(help="Points in the fixed image (mm LPS).", rich_help_panel=EXTRA, show_default=False)
-    ] = None,
-    moving_landmarks: Annotated[
-        Path | None, typer.Option(help="The same points in the moving image.", rich_help_panel=EXTRA, show_default=False)
-    ] = None,
+    ] = None
     fixed_mask: Annotated[
         Path | None,
         typer.Option(help="Where intensities and the Jacobian count: above zero.", rich_help_panel=EXTRA, show_default=False),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """Of a list: the runs, and what becomes of it."""
+
     runs: Annotated[
         list[Path] | None,
         typer.Option(
@@ -81,23 +87,32 @@ def evaluate(
             rich_help_panel=COHORT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     csv: Annotated[
         Path | None,
         typer.Option("--csv", metavar="FILE", help="Write a table, one row a pair, run and metric.", rich_help_panel=COHORT, show_default=False),
-    ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out pairs that a run has no result for.", rich_help_panel=COHORT)
-    ] = False,
+    ] = None
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out pairs that a run has no result for.", rich_help_panel=COHORT)] = (
+        False
+    )
+
+
+@grouped
+def evaluate(
+    pair: EvaluatedPairOptions,
+    of_pair: OnePairOptions,
+    of_list: ListOptions,
+    reporting: ResultOptions,
     protocol: Annotated[
         Protocol,
-        typer.Option("--protocol", help="learn2reg: the numbers of that challenge's published script, its always-zero fold count included."),
+        choice(
+            Protocol,
+            "--protocol",
+            help="learn2reg: the numbers of that challenge's published script, its always-zero fold count included.",
+            show_default=True,
+        ),
     ] = "regtool",
     fix_header: FixHeader = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
 ) -> int:
     """How good a registration is, before and after: overlap, surface distances, landmark error, intensities, folding.
 
@@ -107,33 +122,32 @@ def evaluate(
 
     `regtool evaluate pairs.csv --runs old/ --runs new/`
     """
-    logs(-1 if quiet else verbose)
-    of_pair = {
-        "--transform": transform, "--inverse-transform": inverse, "--fixed-labels": fixed_labels, "--moving-labels": moving_labels,
-        "--fixed-landmarks": fixed_landmarks, "--moving-landmarks": moving_landmarks, "--fixed-mask": fixed_mask,
-    }  # fmt: skip
-    of_list = {"--runs": runs, "--csv": csv, "--skip-missing": skip_missing, "--overwrite": overwrite}
-    if fixed is not None and moving is None and fixed_option is None and moving_option is None and (runs or _is_list(fixed)):
-        _refuse(of_pair, f"{fixed} is a list of pairs", "the list itself names labels, landmarks and masks; --runs names the results")
+    reporting.start_logs()
+    if pair.only is not None and (of_list.runs or _is_list(pair.only)):
+        _refuse(of_pair, f"{pair.only} is a list of pairs", "the list itself names labels, landmarks and masks; --runs names the results")
         from regtool.workflows.evaluate import evaluate_list
 
-        show = None if quiet else _tell
         found = evaluate_list(
-            fixed, runs or (), protocol, table=csv, skip_missing=skip_missing, fix_header=fix_header, overwrite=overwrite, on_progress=show
-        )  # fmt: skip
-        emit(found, list_rows(found), as_json)
+            pair.only,
+            of_list.runs or (),
+            protocol,
+            table=of_list.csv,
+            skip_missing=of_list.skip_missing,
+            fix_header=fix_header,
+            overwrite=reporting.overwrite,
+            on_progress=None if reporting.quiet else _tell,
+        )
+        emit(found, list_rows(found), reporting.as_json)
         return max((failure.exit_code for failure in found.failed), default=0)
-    _refuse(of_list, "one pair is evaluated", "a list of pairs alone is followed by --runs")
-    f, m = pair(fixed, moving, fixed_option, moving_option)
+    _refuse(of_list, "one pair is evaluated", "a list of pairs alone is followed by --runs", *(["--overwrite"] if reporting.overwrite else []))
+    fixed, moving = pair.paths()
     from regtool.io.inputs import PairFiles
     from regtool.workflows.evaluate import evaluate as work
 
-    files = PairFiles(
-        fixed=f, moving=m, fixed_mask=fixed_mask, fixed_labels=fixed_labels, moving_labels=moving_labels, fixed_landmarks=fixed_landmarks,
-        moving_landmarks=moving_landmarks, fix_header=fix_header,
-    )  # fmt: skip
-    report = work(files, transform or (), inverse, protocol)
-    emit(report, pair_rows(report), as_json)
+    known = {name: path for name, path in vars(of_pair).items() if name not in ("transform", "inverse_transform")}
+    files = PairFiles(fixed=fixed, moving=moving, fix_header=fix_header, **known)
+    report = work(files, of_pair.transform or (), of_pair.inverse_transform, protocol)
+    emit(report, pair_rows(report), reporting.as_json)
     return 0
 
 
@@ -208,10 +222,9 @@ def _is_list(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv") or (path.suffix.lower() == ".txt" and path.is_file())
 
 
-def _refuse(options: Mapping[str, Any], why: str, tip: str) -> None:
-    from regtool.errors import UsageError
-
-    given = [name for name, value in options.items() if value]
+def _refuse(options: object, why: str, tip: str, *more: str) -> None:
+    """UsageError where one of a group of options, or of `more`, is given."""
+    given = [*(f"--{name.replace('_', '-')}" for name, value in vars(options).items() if value), *more]
     if given:
         raise UsageError(f"{', '.join(given)}: {why}", tip=tip)
 

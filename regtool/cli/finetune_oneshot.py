@@ -2,79 +2,52 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from regtool.cli import register, train
-from regtool.cli.console import emit, logs, progress
+from regtool.cli.console import emit, progress
+from regtool.cli.grouped import grouped
 from regtool.cli.options import (
     METHOD,
-    Align,
-    Device,
-    FixedLabels,
-    FixedLandmarks,
-    FixedMask,
-    FixedOption,
-    FixHeader,
-    Format,
-    InitialTransform,
-    Inverse,
-    Json,
-    MaxMemory,
-    Method,
-    Moving,
-    MovingLabels,
-    MovingLandmarks,
-    MovingMask,
-    MovingOption,
-    OutputFolder,
-    Overwrite,
-    ParameterFile,
-    Qc,
-    Quiet,
-    Refine,
-    Seed,
-    Set,
-    Similarity,
-    Symmetric,
-    Threads,
-    Verbose,
-    pair,
-    settings,
+    ImageOptions,
+    MethodOptions,
+    OutputOptions,
+    RegistrationOptions,
+    ResultOptions,
+    RunOptions,
+    command_line,
+    registration_overrides,
 )
 from regtool.errors import UsageError
 
 if TYPE_CHECKING:
     from regtool.report.schema import RegistrationReport
+    from regtool.workflows.train import Request as TrainingRequest
 
 UNTIL = "until-converged"
+OF_ONE_PAIR = ("fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks")
 
 
-def finetune_oneshot(
-    fixed: Annotated[
-        Path | None, typer.Argument(help="The image that stays; or, alone, PAIRS.csv with a site's few pairs.", show_default=False)
-    ] = None,
-    moving: Moving = None,
-    fixed_option: FixedOption = None,
-    moving_option: MovingOption = None,
-    method: Method = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Trained model to start from, a name or a file. Left out: that which comes with regtool for METHOD, if any.",
-            metavar="NAME|FILE",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
+@dataclass(frozen=True)
+class FinetunedOptions(ImageOptions):
+    """One pair, or a list of them."""
+
+    fixed: Annotated[Path | None, typer.Argument(help="The image that stays; or, alone, PAIRS.csv with a site's few pairs.", show_default=False)] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class AdaptationOptions:
+    """What the network starts from, and for how long it learns."""
+
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Start from no model: the method named by -m learns on the pair alone.", rich_help_panel=METHOD)
-    ] = False,
+    ] = False
     iterations: Annotated[
         str | None,
         typer.Option(
@@ -84,10 +57,7 @@ def finetune_oneshot(
             rich_help_panel=METHOD,
             show_default=False,
         ),
-    ] = None,
-    output: OutputFolder = None,
-    parameter_file: ParameterFile = None,
-    overrides: Set = None,
+    ] = None
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -97,30 +67,18 @@ def finetune_oneshot(
             rich_help_panel=METHOD,
             show_default=False,
         ),
-    ] = None,
-    align: Align = None,
-    initial_transform: InitialTransform = None,
-    similarity: Similarity = None,
-    refine: Refine = None,
-    fixed_mask: FixedMask = None,
-    moving_mask: MovingMask = None,
-    fixed_labels: FixedLabels = None,
-    moving_labels: MovingLabels = None,
-    fixed_landmarks: FixedLandmarks = None,
-    moving_landmarks: MovingLandmarks = None,
-    symmetric: Symmetric = None,
-    inverse: Inverse = None,
-    image_format: Format = None,
-    fix_header: FixHeader = False,
-    device: Device = None,
-    threads: Threads = None,
-    max_memory: MaxMemory = None,
-    seed: Seed = None,
-    qc: Qc = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    ] = None
+
+
+@grouped
+def finetune_oneshot(
+    images: FinetunedOptions,
+    method: MethodOptions,
+    registration: RegistrationOptions,
+    adaptation: AdaptationOptions,
+    written: OutputOptions,
+    run: RunOptions,
+    reporting: ResultOptions,
 ) -> int:
     """Adapt a trained model to one pair and register that; or learn on the pair from scratch; or adapt to a site's few pairs.
 
@@ -135,75 +93,75 @@ def finetune_oneshot(
     """
     from regtool.cli import STARTED
 
-    given = settings(
-        method, model, align, initial_transform, similarity, refine, symmetric, inverse, image_format, None, device, threads, max_memory, seed, qc
-    )
-    if model is not None and similarity not in (None, "auto"):
-        given += (f'training_similarity.name="{similarity}"',)  # of what is learned, which for `register --model` is over
-    command = shlex.join(["regtool", *sys.argv[1:]])
-    if moving is None and moving_option is None and fixed is not None and fixed.suffix.lower() == ".csv":
-        for_pairs = (
-            initial_transform,
-            fixed_mask,
-            moving_mask,
-            fixed_labels,
-            moving_labels,
-            fixed_landmarks,
-            moving_landmarks,
-            inverse,
-            image_format,
-        )
-        if any(x is not None for x in for_pairs) or from_scratch:
+    overrides = registration_overrides(method, registration, written, run, learns=True)
+    from regtool.config.toml import merged, nested
+
+    if images.only is not None and images.only.suffix.lower() == ".csv":
+        for_pair = [registration.initial_transform, written.inverse, written.format, *(getattr(images, name) for name in OF_ONE_PAIR)]
+        if any(x is not None for x in for_pair) or adaptation.from_scratch:
             raise UsageError("this option is for one pair, not for a list", tip="masks, labels and landmarks are columns of the list")
-        texts = (*(overrides or ()), *given, *(() if iterations is None else (f"train.steps={_steps(iterations)}",)))
-        site = {"data": fixed, "output": output, "parameter_file": parameter_file, "overrides": texts, "validation": validation}
-        return _site({**site, "overwrite": overwrite, "fix_header": fix_header, "command": command}, as_json, quiet, verbose)
-    if validation is not None:
+        if written.output is None:
+            raise UsageError("no folder is named for the adapted model", tip="name one with -o")
+        if adaptation.iterations is not None:
+            overrides = merged(overrides, nested("train.steps", _steps(adaptation.iterations)))
+        from regtool.workflows.train import Request as TrainingRequest
+
+        site = TrainingRequest(
+            data=images.only,
+            output=written.output,
+            parameter_file=method.parameter_file,
+            overrides=overrides,
+            validation=adaptation.validation,
+            overwrite=reporting.overwrite,
+            fix_header=images.fix_header,
+            command=command_line(),
+        )
+        return _site(site, reporting)
+    if adaptation.validation is not None:
         raise UsageError("--validation goes with a list of pairs", tip="one pair is adapted to for itself; --fixed-labels evaluates the result")
-    logs(-1 if quiet else verbose)
-    f, m = pair(fixed, moving, fixed_option, moving_option)
-    from regtool.workflows.finetune import CONVERGED, finetune
+    reporting.start_logs()
+    fixed, moving = images.paths()
+    from regtool.workflows.finetune import finetune
     from regtool.workflows.register import Request, default_output
 
-    steps = () if iterations is None else CONVERGED if iterations == UNTIL else (f"oneshot.iterations={_steps(iterations)}",)
-    folder = output or default_output(f, m)
+    folder = written.output or default_output(fixed, moving)
     request = Request(
-        f,
-        m,
-        folder,
-        parameter_file,
-        (*steps, *(overrides or ()), *given),
-        fixed_mask,
-        moving_mask,
-        fixed_labels,
-        moving_labels,
-        fixed_landmarks,
-        moving_landmarks,
-        fix_header,
-        overwrite,
-        command,
-        STARTED,
+        fixed=fixed,
+        moving=moving,
+        output=folder,
+        parameter_file=method.parameter_file,
+        overrides=merged(_steps_of_pair(adaptation.iterations), overrides),
+        overwrite=reporting.overwrite,
+        command=command_line(),
+        started=STARTED,
+        **images.known,
     )
-    with progress(quiet) as on_progress:
-        report = finetune(request, from_scratch, on_progress).report
-    emit(report, _summary(report, folder), as_json)
+    with progress(reporting.quiet) as on_progress:
+        report = finetune(request, adaptation.from_scratch, on_progress).report
+    emit(report, _summary(report, folder), reporting.as_json)
     return 0 if report.status == "ok" else 4
 
 
-def _site(request: dict[str, Any], as_json: bool, quiet: bool, verbose: int) -> int:
+def _site(request: TrainingRequest, reporting: ResultOptions) -> int:
     """What `finetune-oneshot PAIRS.csv` does."""
-    if request["output"] is None:
-        raise UsageError("no folder is named for the adapted model", tip="name one with -o")
-    logs(-1 if quiet else max(verbose, 1))
+    reporting.start_logs(at_least=1)
     from regtool.cli.signals import graceful_shutdown
     from regtool.workflows.finetune import finetune_site
-    from regtool.workflows.train import Request
 
-    with train.view(quiet) as watch:
-        report = finetune_site(Request(**request), watch, graceful_shutdown)
+    with train.view(reporting.quiet) as watch:
+        report = finetune_site(request, watch, graceful_shutdown)
     if report is not None:  # of several processes the first one talks
-        emit(report, train.summary(report, request["output"]), as_json)
+        emit(report, train.summary(report, request.output), reporting.as_json)
     return 0
+
+
+def _steps_of_pair(iterations: str | None) -> dict[str, Any]:
+    """What --iterations asks of the parameters."""
+    from regtool.workflows.finetune import CONVERGED
+
+    if iterations is None:
+        return {}
+    return CONVERGED if iterations == UNTIL else {"oneshot": {"iterations": _steps(iterations)}}
 
 
 def _steps(iterations: str) -> int:

@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from regtool.cli.console import emit, logs
-from regtool.cli.options import OUTPUT, Json, Overwrite, Quiet, Verbose
+from regtool.cli.console import emit
+from regtool.cli.grouped import grouped
+from regtool.cli.options import OUTPUT, ResultOptions
 
 
+@grouped
 def jacobian(
+    *,
     transform: Annotated[
         list[Path],
         typer.Argument(
@@ -38,10 +41,7 @@ def jacobian(
     figure: Annotated[
         Path | None, typer.Option("--figure", metavar="FILE.png", help="Picture of it to draw.", rich_help_panel=OUTPUT, show_default=False)
     ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reporting: ResultOptions,
 ) -> None:
     """Jacobian determinant of a transform in physical space: volume ratio per voxel, at or below zero where space folds.
 
@@ -53,8 +53,8 @@ def jacobian(
     """
     from regtool.workflows.jacobian import jacobian as workflow
 
-    logs(-1 if quiet else verbose)
-    found = workflow(transform, output, like=like, mask=mask, labels=labels, figure=figure, log=log, overwrite=overwrite)
+    reporting.start_logs()
+    found = workflow(transform, output, like=like, mask=mask, labels=labels, figure=figure, log=log, overwrite=reporting.overwrite)
     statistics, volume = found.statistics, found.nondiffeomorphic_volume_percent
     result: dict[str, Any] = {
         "jacobian": asdict(statistics),
@@ -78,4 +78,4 @@ def jacobian(
         if path is not None:
             result[name] = str(path)
             table.append(("written to", str(path)))
-    emit(result, table, as_json)
+    emit(result, table, reporting.as_json)

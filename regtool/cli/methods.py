@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from regtool.cli.options import Json
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
+def methods(as_json: Json = False) -> None:
     """List the registration methods."""
     from regtool.cli.console import emit
     from regtool.workflows.models import methods as found

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from regtool.cli.options import Json, Overwrite
+
 app = typer.Typer(help="Model files: list, look into, verify, import.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Model = Annotated[str, typer.Argument(help="A model's name or file.")]
 
 
@@ -57,7 +58,7 @@ def verify(model: Model, as_json: Json = False) -> None:
 def import_(
     source: Annotated[Path, typer.Argument(help="Published Keras weights (.h5) of VoxelMorph-1 or -2, CVPR 2018.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write (.safetensors).")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Turn published weights into a model file."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from regtool.cli.console import emit
-from regtool.cli.options import Json, Overwrite, Set
+from regtool.cli.options import Json, Overwrite, Set, overrides_of
 
 app = typer.Typer(help="Parameter files: print one with every field explained, or check one.", no_args_is_help=True)
 
@@ -30,7 +30,7 @@ def init(
     engine = parameters_of(method)() if method else None
     name = output.name if output else "FILE.toml"
     opening = f"Register:  regtool register FIXED MOVING -p {name}\nCheck:     regtool parameters check {name}"
-    text = dump(read_parameters(None, (f"method={method}",) if method else ()), opening, engine, documented=True, advanced=everything)
+    text = dump(read_parameters(None, {"method": method} if method else None), opening, engine, documented=True, advanced=everything)
     if output is None:
         print(text, end="")
         return
@@ -44,8 +44,9 @@ def check(file: Annotated[Path, typer.Argument(help="A parameter file.")], overr
     """Check FILE without running anything: unknown keys, wrong types and values are named with their line."""
     from regtool.methods import engine_section, read_parameters
 
-    parameters = read_parameters(file, tuple(overrides or ()))
-    engine = engine_section(parameters, file, tuple(overrides or ()))
+    given = overrides_of(overrides)
+    parameters = read_parameters(file, given)
+    engine = engine_section(parameters, file, given)
     found = parameters.model_copy(update={"engine": engine.model_dump() if engine else {}}).model_dump(mode="json")
     emit({"file": str(file), "valid": True, "parameters": found}, [(str(file), f"valid, method {parameters.method or 'none'}")], as_json)
 
@@ -60,6 +61,6 @@ def explain(
     from regtool.config.resolve import explanation
     from regtool.methods import parameters_of, read_parameters
 
-    parameters = read_parameters(None, (f"method={method}",) if method else ())
+    parameters = read_parameters(None, {"method": method} if method else None)
     found = explanation(key, parameters, parameters_of(method)() if method else None)
     emit(found, [(name.replace("_", " "), str(value)) for name, value in found.items()], as_json)

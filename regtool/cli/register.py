@@ -2,93 +2,39 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regtool.cli.console import emit, logs, progress
+from regtool.cli.console import emit, progress
+from regtool.cli.grouped import grouped
 from regtool.cli.options import (
-    Align,
-    Device,
-    Fixed,
-    FixedLabels,
-    FixedLandmarks,
-    FixedMask,
-    FixedOption,
-    FixHeader,
-    Format,
-    InitialTransform,
-    Inverse,
-    Json,
-    MaxMemory,
-    Method,
-    Model,
-    Moving,
-    MovingLabels,
-    MovingLandmarks,
-    MovingMask,
-    MovingOption,
-    OutputFolder,
-    Overwrite,
-    ParameterFile,
-    Qc,
-    Quiet,
-    Refine,
-    Seed,
-    Set,
-    Similarity,
-    Symmetric,
-    Threads,
-    Time,
-    Verbose,
-    pair,
-    settings,
+    ImageOptions,
+    MethodOptions,
+    OutputOptions,
+    ResultOptions,
+    RunOptions,
+    SeriesOptions,
+    command_line,
+    registration_overrides,
 )
 
 if TYPE_CHECKING:
     from regtool.report.schema import RegistrationReport, TimePoint
 
 
+@grouped
 def register(
-    fixed: Fixed = None,
-    moving: Moving = None,
-    fixed_option: FixedOption = None,
-    moving_option: MovingOption = None,
-    method: Method = None,
-    model: Model = None,
-    output: OutputFolder = None,
-    parameter_file: ParameterFile = None,
-    overrides: Set = None,
-    align: Align = None,
-    initial_transform: InitialTransform = None,
-    similarity: Similarity = None,
-    refine: Refine = None,
-    fixed_mask: FixedMask = None,
-    moving_mask: MovingMask = None,
-    fixed_labels: FixedLabels = None,
-    moving_labels: MovingLabels = None,
-    fixed_landmarks: FixedLandmarks = None,
-    moving_landmarks: MovingLandmarks = None,
-    symmetric: Symmetric = None,
-    inverse: Inverse = None,
-    image_format: Format = None,
-    time: Time = None,
-    fix_header: FixHeader = False,
-    device: Device = None,
-    threads: Threads = None,
-    max_memory: MaxMemory = None,
-    seed: Seed = None,
-    qc: Qc = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    images: ImageOptions,
+    method: MethodOptions,
+    registration: SeriesOptions,
+    written: OutputOptions,
+    run: RunOptions,
+    reporting: ResultOptions,
 ) -> int:
     """Register MOVING to FIXED: any size, spacing, orientation and format, 2-D, 3-D and 3-D over time.
 
-    Writes the warped image, the displacement field (mm, LPS, on the fixed grid), the transform for every ITK tool, a quality page, the resolved
-    parameters and, last, report.json.
+    Writes the warped image (and labels), the displacement field (mm, LPS, on the fixed grid), the transform for every ITK tool, a quality page, the
+    resolved parameters and, last, report.json.
 
     `regtool register fixed.nii.gz moving.nii.gz`
 
@@ -96,51 +42,26 @@ def register(
     """
     from regtool.cli import STARTED
 
-    logs(-1 if quiet else verbose)
-    f, m = pair(fixed, moving, fixed_option, moving_option)
+    reporting.start_logs()
+    fixed, moving = images.paths()
+    overrides = registration_overrides(method, registration, written, run)
     from regtool.workflows.register import Request, default_output
     from regtool.workflows.register import register as work
 
     request = Request(
-        f,
-        m,
-        output or default_output(f, m),
-        parameter_file,
-        (
-            *(overrides or ()),
-            *settings(
-                method,
-                model,
-                align,
-                initial_transform,
-                similarity,
-                refine,
-                symmetric,
-                inverse,
-                image_format,
-                time,
-                device,
-                threads,
-                max_memory,
-                seed,
-                qc,
-            ),
-        ),
-        fixed_mask,
-        moving_mask,
-        fixed_labels,
-        moving_labels,
-        fixed_landmarks,
-        moving_landmarks,
-        fix_header,
-        overwrite,
-        shlex.join(["regtool", *sys.argv[1:]]),
-        STARTED,
+        fixed=fixed,
+        moving=moving,
+        output=written.output or default_output(fixed, moving),
+        parameter_file=method.parameter_file,
+        overrides=overrides,
+        overwrite=reporting.overwrite,
+        command=command_line(),
+        started=STARTED,
+        **images.known,
     )
-    with progress(quiet) as on_progress:
-        result = work(request, on_progress)
-    report = result.report
-    emit(report, summary(report, request.output), as_json)
+    with progress(reporting.quiet) as on_progress:
+        report = work(request, on_progress).report
+    emit(report, summary(report, request.output), reporting.as_json)
     return 0 if report.status == "ok" else 4
 
 

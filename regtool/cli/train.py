@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regtool.cli.console import clock, emit, logs, stderr
-from regtool.cli.options import METHOD, OUTPUT, RUN, Device, FixHeader, Json, MaxMemory, Overwrite, ParameterFile, Quiet, Seed, Set, Threads, Verbose
+from regtool.cli.console import clock, emit, stderr
+from regtool.cli.grouped import Sets, grouped
+from regtool.cli.options import OUTPUT, RUN, FixHeader, MethodOptions, ResultOptions, RunOptions, command_line, overrides_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,24 +32,20 @@ NAMES = {
 }
 
 
-def train(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.", metavar="RUN_DIR", rich_help_panel=OUTPUT)],
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is learned from."""
+
     data: Annotated[
         Path | None,
         typer.Argument(
             help="PAIRS.csv (fixed,moving,…), IMAGES.csv (image,…: all pairs) or a folder of images (all pairs).", metavar="LIST", show_default=False
         ),
-    ] = None,
+    ] = None
     synthetic: Annotated[
         bool,
         typer.Option("--synthetic", help="Instead of LIST: pairs made from noise, as [synthesis] says; no images are needed.", rich_help_panel=DATA),
-    ] = False,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", "-m", help="Registration method; `regtool methods` lists them.", rich_help_panel=METHOD, show_default=False),
-    ] = None,
-    parameter_file: ParameterFile = None,
-    overrides: Set = None,
+    ] = False
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -60,35 +55,48 @@ def train(
             rich_help_panel=DATA,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     atlas: Annotated[
         Path | None,
         typer.Option(
             "--atlas", help="With a list of images: the fixed image of every pair.", metavar="FILE", rich_help_panel=DATA, show_default=False
         ),
-    ] = None,
+    ] = None
     atlas_labels: Annotated[
         Path | None, typer.Option("--atlas-labels", help="Its label map.", metavar="FILE", rich_help_panel=DATA, show_default=False)
-    ] = None,
-    fix_header: FixHeader = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the state in RUN_DIR; from the beginning where there is none.", rich_help_panel=RUN)
-    ] = False,
-    steps: Annotated[int | None, typer.Option("--steps", help="Updates of the weights.", min=1, rich_help_panel=RUN, show_default=False)] = None,
+    ] = None
+    fix_header: FixHeader = False
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long."""
+
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Updates of the weights.", min=1, rich_help_panel=RUN, show_default=False),
+        Sets("train.steps"),
+    ] = None
     max_time: Annotated[
         float | None,
         typer.Option(
             "--max-time", help="End after so many minutes of this run.", metavar="MINUTES", min=0.0, rich_help_panel=RUN, show_default=False
         ),
-    ] = None,
-    device: Device = None,
-    threads: Threads = None,
-    max_memory: MaxMemory = None,
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+        Sets("train.max_minutes"),
+    ] = None
+
+
+@grouped
+def train(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.", metavar="RUN_DIR", rich_help_panel=OUTPUT)],
+    data: DataOptions,
+    method: MethodOptions,
+    training: TrainingOptions,
+    run: RunOptions,
+    reporting: ResultOptions,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state in RUN_DIR; from the beginning where there is none.", rich_help_panel=RUN)
+    ] = False,
 ) -> None:
     """Train METHOD on a list of pairs, or on synthetic ones; the result is a model for `register --model`.
 
@@ -104,29 +112,25 @@ def train(
 
     `torchrun --nproc-per-node 4 -m regtool train pairs.csv -p brain.toml -o run`
     """
-    logs(-1 if quiet else max(verbose, 1))
-    given = {
-        "method": method,
-        "train.steps": steps,
-        "train.max_minutes": max_time,
-        "run.device": device,
-        "run.threads": threads,
-        "run.max_memory_gb": max_memory,
-        "run.seed": seed,
-    }
+    reporting.start_logs(at_least=1)
+    overrides = overrides_of(method.overrides, method, training, run)
     from regtool.cli.signals import graceful_shutdown
     from regtool.workflows.train import Request
     from regtool.workflows.train import train as work
 
-    texts = tuple(f"{k}={json.dumps(v)}" for k, v in given.items() if v is not None)
-    command = shlex.join(["regtool", *sys.argv[1:]])
     request = Request(
-        data, output, parameter_file, (*(overrides or ()), *texts), validation, atlas, atlas_labels, resume, overwrite, fix_header, command, synthetic
+        output=output,
+        parameter_file=method.parameter_file,
+        overrides=overrides,
+        resume=resume,
+        overwrite=reporting.overwrite,
+        command=command_line(),
+        **vars(data),
     )
-    with view(quiet) as watch:
+    with view(reporting.quiet) as watch:
         report = work(request, watch, graceful_shutdown)
     if report is not None:  # of several processes the first one talks
-        emit(report, summary(report, output), as_json)
+        emit(report, summary(report, output), reporting.as_json)
 
 
 def summary(report: TrainingReport, output: Path) -> list[tuple[str, str]]:

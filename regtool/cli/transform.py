@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from regtool.cli.console import emit, logs
-from regtool.cli.options import OUTPUT, Json, Overwrite, Quiet, Verbose
+from regtool.cli.console import emit
+from regtool.cli.grouped import grouped
+from regtool.cli.options import OUTPUT, ReportOptions, ResultOptions, choice
 from regtool.config.choices import SourceFormat, TargetFormat
 from regtool.io.formats import transform_suffixes
 
@@ -35,17 +36,16 @@ Output = Annotated[
 
 
 @app.command()
+@grouped
 def invert(
+    *,
     transform: Chain,
     output: Output,
     like: Annotated[
         Path | None,
         typer.Option("--like", metavar="MOVING", help="The moving image: the grid of the inverse displacement field.", show_default=False),
     ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reporting: ResultOptions,
 ) -> None:
     """Write the transform from moving to fixed points, with how far it misses. Affine parts are inverted exactly.
 
@@ -53,8 +53,8 @@ def invert(
     """
     from regtool.workflows.transform import invert_transform
 
-    logs(-1 if quiet else verbose)
-    done = invert_transform(transform, output, like=like, overwrite=overwrite)
+    reporting.start_logs()
+    done = invert_transform(transform, output, like=like, overwrite=reporting.overwrite)
     result: dict[str, Any] = {"outputs": [str(p) for p in done.outputs], "exact": done.residual is None}
     if done.residual is None:
         table = [("residual", "none: the inverse of an affine is exact")]
@@ -67,21 +67,20 @@ def invert(
                 f"{done.residual.mean_mm:.2g} mm mean, {done.residual.max_mm:.2g} mm largest, over {done.residual.covered_percent:.1f} % of the grid",
             )
         ]
-    emit(result, [*table, *_written(done.outputs)], as_json)
+    emit(result, [*table, *_written(done.outputs)], reporting.as_json)
 
 
 @app.command()
+@grouped
 def compose(
+    *,
     transform: Chain,
     output: Output,
     like: Annotated[
         Path | None,
         typer.Option("--like", metavar="FIXED", help="The fixed image: the grid for formats that hold a displacement field.", show_default=False),
     ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reporting: ResultOptions,
 ) -> None:
     """Write several transforms as one.
 
@@ -89,17 +88,19 @@ def compose(
     """
     from regtool.workflows.transform import compose_transforms
 
-    logs(-1 if quiet else verbose)
-    done = compose_transforms(transform, output, like=like, overwrite=overwrite)
+    reporting.start_logs()
+    done = compose_transforms(transform, output, like=like, overwrite=reporting.overwrite)
     emit(
         {"outputs": [str(p) for p in done.outputs], "parts": list(done.parts)},
         [("parts", ", then ".join(done.parts)), *_written(done.outputs)],
-        as_json,
+        reporting.as_json,
     )
 
 
 @app.command()
+@grouped
 def convert(
+    *,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Any transform that `regtool warp` takes.", show_default=False)],
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write; its suffix decides the format. With --to ants a prefix.", show_default=False)
@@ -109,16 +110,19 @@ def convert(
         typer.Option("--like", metavar="FIXED", help="The fixed image: the grid of a displacement field, where IN has none.", show_default=False),
     ] = None,
     source_format: Annotated[
-        SourceFormat, typer.Option("--from", help="`learn2reg`: a NIfTI of X,Y[,Z],D voxel displacements; needs --like.")
+        SourceFormat,
+        choice(SourceFormat, "--from", help="`learn2reg`: a NIfTI of X,Y[,Z],D voxel displacements; needs --like.", show_default=True),
     ] = "auto",
     target_format: Annotated[
         TargetFormat,
-        typer.Option("--to", help="`ants`: OUT1Warp.nii.gz and OUT0GenericAffine.mat; `transformix`: a parameter file and its field."),
+        choice(
+            TargetFormat,
+            "--to",
+            help="`ants`: OUT1Warp.nii.gz and OUT0GenericAffine.mat; `transformix`: a parameter file and its field.",
+            show_default=True,
+        ),
     ] = "auto",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reporting: ResultOptions,
 ) -> None:
     """Write a transform in the format of another tool.
 
@@ -128,21 +132,21 @@ def convert(
     """
     from regtool.workflows.transform import convert_transform
 
-    logs(-1 if quiet else verbose)
-    done = convert_transform(source, output, like=like, source_format=source_format, target_format=target_format, overwrite=overwrite)
+    reporting.start_logs()
+    done = convert_transform(source, output, like=like, source_format=source_format, target_format=target_format, overwrite=reporting.overwrite)
     emit(
         {"outputs": [str(p) for p in done.outputs], "parts": list(done.parts)},
         [("parts", ", then ".join(done.parts)), *_written(done.outputs)],
-        as_json,
+        reporting.as_json,
     )
 
 
 @app.command()
+@grouped
 def info(
+    *,
     transform: Annotated[Path, typer.Argument(metavar="TRANSFORM", help="Any transform that `regtool warp` takes.", show_default=False)],
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    reporting: ReportOptions,
 ) -> None:
     """What is in a transform: its parts in the order points pass them, with grids, matrices and lengths in mm.
 
@@ -150,13 +154,13 @@ def info(
     """
     from regtool.workflows.transform import transform_info
 
-    logs(-1 if quiet else verbose)
+    reporting.start_logs()
     found = transform_info(transform)
     table = [("dimension", f"{found.ndim}-D"), ("parts", str(len(found.parts)))]
     for k, part in enumerate(found.parts, start=1):
         table += [(f"{k}. {part['kind']}", "")]
         table += [(f"   {name.replace('_', ' ')}", _shown(value)) for name, value in part.items() if name != "kind"]
-    emit({"path": str(found.path), "dimension": found.ndim, "parts": list(found.parts)}, table, as_json)
+    emit({"path": str(found.path), "dimension": found.ndim, "parts": list(found.parts)}, table, reporting.as_json)
 
 
 def _written(paths: tuple[Path, ...]) -> list[tuple[str, str]]:

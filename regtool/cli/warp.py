@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regtool.cli.console import emit, logs
-from regtool.cli.options import OUTPUT, Device, FixHeader, Json, Overwrite, Quiet, Threads, Verbose
+from regtool.cli.console import emit
+from regtool.cli.grouped import grouped
+from regtool.cli.options import OUTPUT, ComputeOptions, FixHeader, ResultOptions, choice
 from regtool.config.choices import Interpolation, PointOrigin, PointSpace
 from regtool.io.formats import point_suffixes, transform_suffixes
 
@@ -25,7 +27,46 @@ Transforms = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class ImageWarpOptions:
+    """How images are warped."""
+
+    interpolation: Annotated[
+        Interpolation,
+        choice(Interpolation, "--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`.", show_default=True),
+    ] = "linear"
+    outside: Annotated[
+        float | None,
+        typer.Option("--outside", help="Value beyond the moving image. Left out: its minimum; 0 for label maps.", show_default=False),
+    ] = None
+    fix_header: FixHeader = False
+
+
+@dataclass(frozen=True)
+class PointWarpOptions:
+    """How points are warped."""
+
+    origin: Annotated[
+        PointOrigin,
+        choice(
+            PointOrigin,
+            "--from",
+            help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse.",
+            show_default=True,
+        ),
+    ] = "fixed"
+    space: Annotated[
+        PointSpace, choice(PointSpace, "--space", help="Points: what the numbers are, where the file does not say itself.", show_default=True)
+    ] = "lps"
+    output_like: Annotated[
+        Path | None,
+        typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
+    ] = None
+
+
+@grouped
 def warp(
+    *,
     inputs: Annotated[
         list[Path],
         typer.Argument(metavar="MOVING", help=f"Images or label maps; or points and meshes ({' '.join(point_suffixes())}).", show_default=False),
@@ -40,30 +81,10 @@ def warp(
             "--like", metavar="FIXED", help="Image whose grid the result gets; with --space voxel the one that points count in.", show_default=False
         ),
     ] = None,
-    interpolation: Annotated[
-        Interpolation,
-        typer.Option("--interpolation", help="`label` keeps pixel type and values and is smoother than `nearest`."),
-    ] = "linear",
-    outside: Annotated[
-        float | None,
-        typer.Option("--outside", help="Value beyond the moving image. Left out: its minimum; 0 for label maps.", show_default=False),
-    ] = None,
-    start: Annotated[
-        PointOrigin,
-        typer.Option("--from", help="Points: the space they are in. `fixed`: x to x + u(x), as transformix -def. `moving`: through the inverse."),
-    ] = "fixed",
-    space: Annotated[PointSpace, typer.Option("--space", help="Points: what the numbers are, where the file does not say itself.")] = "lps",
-    output_like: Annotated[
-        Path | None,
-        typer.Option("--output-like", metavar="IMAGE", help="With --space voxel: the image that the points written count in.", show_default=False),
-    ] = None,
-    fix_header: FixHeader = False,
-    device: Device = None,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
+    of_images: ImageWarpOptions,
+    of_points: PointWarpOptions,
+    place: ComputeOptions,
+    reporting: ResultOptions,
 ) -> None:
     """Apply a transform to images and label maps (2-D, 3-D, 4-D frame by frame), to points and to meshes.
 
@@ -80,16 +101,16 @@ def warp(
     from regtool.runtime import computing, pick_device
     from regtool.workflows.warp import warp_images, warp_points
 
-    logs(-1 if quiet else verbose)
+    reporting.start_logs()
     points = [is_point_file(p) for p in inputs]
     if any(points) and not all(points):
         raise UsageError("images and points cannot be warped in one call", tip="call `regtool warp` once for each kind")
     result: dict[str, Any]
-    with computing(threads):
+    with computing(place.threads):
         if all(points):
-            moved = warp_points(inputs, transform, output, origin=start, space=space, like=like, output_like=output_like, overwrite=overwrite)
-            result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": start}
-            table = [("points", f"{sum(moved.counts)} from {start} space")]
+            moved = warp_points(inputs, transform, output, like=like, overwrite=reporting.overwrite, **vars(of_points))
+            result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": of_points.origin}
+            table = [("points", f"{sum(moved.counts)} from {of_points.origin} space")]
             if moved.residual_mm is not None:
                 result["residual_mm"] = dict(zip(("mean", "max"), moved.residual_mm, strict=True))
                 table.append(("inverse residual", f"{moved.residual_mm[0]:.2g} mm mean, {moved.residual_mm[1]:.2g} mm largest"))
@@ -97,12 +118,10 @@ def warp(
         else:
             if like is None:
                 raise UsageError("images need the grid they are warped to", tip="--like FIXED_IMAGE")
-            warped = warp_images(
-                inputs, transform, like, output, interpolation=interpolation, outside=outside, overwrite=overwrite, fix_header=fix_header,
-                device=pick_device(device or "auto"),
-            )  # fmt: skip
-            result = {"outputs": [str(p) for p in warped.outputs], "interpolation": interpolation, "size": list(warped.grid.size)}
-            table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", interpolation)]
+            device = pick_device(place.device or "auto")
+            warped = warp_images(inputs, transform, like, output, device=device, overwrite=reporting.overwrite, **vars(of_images))
+            result = {"outputs": [str(p) for p in warped.outputs], "interpolation": of_images.interpolation, "size": list(warped.grid.size)}
+            table = [("grid", f"{' x '.join(map(str, warped.grid.size))} voxels of {like.name}"), ("interpolation", of_images.interpolation)]
             outputs, seconds = warped.outputs, warped.seconds
     table += [("written to", str(p)) for p in outputs]
-    emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], as_json)
+    emit({**result, "seconds": round(seconds, 3)}, [*table, ("seconds", f"{seconds:.2f}")], reporting.as_json)

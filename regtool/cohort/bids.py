@@ -55,7 +55,7 @@ def find_subjects(dataset: Path, template: Path, ending: str) -> Pairs:
     found = []
     for path in sorted(p for pattern in ("sub-*/*", "sub-*/ses-*/*") for p in dataset.glob(f"{pattern}/sub-*_{ending}.*")):
         if path.is_file() and suffix_of(path) in NIFTI.suffixes:
-            found.append(Entry(stem_of(path), path))
+            found.append(Entry(id=stem_of(path), image=path))
     if not found:
         there = len(list(dataset.glob("sub-*")))
         raise InputError(f"{dataset}: no sub-*/[ses-*/]anat/*_{ending}.nii[.gz] in {there} subjects", tip="--suffix names another kind, such as T2w")
@@ -63,7 +63,7 @@ def find_subjects(dataset: Path, template: Path, ending: str) -> Pairs:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{dataset}: {twice} is there twice, as .nii and as .nii.gz", tip="keep one of them")
-    fixed = Entry("template", template)
+    fixed = Entry(id="template", image=template)
     return tuple(Pair(entry.id, fixed, entry) for entry in found)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from regtool.cohort.tasks import Answer, Task
 from regtool.cohort.worker import Worker, attempt
+from regtool.config.toml import merged
 from regtool.errors import RegtoolError, UsageError
 
 PATIENCE = 10  # seconds until a scheduler must have answered
@@ -57,7 +58,9 @@ class ClusterPool:
             return Answer(**future.result())
         if future.status == "error":
             error = future.exception()
-            return Answer(name, "failed", 1, error=f"{type(error).__name__}: {error}", tip="the log of the Dask worker tells more")
+            return Answer(
+                id=name, status="failed", exit_code=1, error=f"{type(error).__name__}: {error}", tip="the log of the Dask worker tells more"
+            )
         raise self._lost("lost the Dask scheduler at")
 
     def running(self) -> Mapping[str, float]:
@@ -81,8 +84,9 @@ def register_here(task: Mapping[str, Any], retry: int, timeout: float | None, th
     dask = get_worker()
     limit = getattr(dask.memory_manager, "memory_limit", None)
     own = Task(**task)
-    if limit and not any(o.startswith("run.max_memory_gb=") for o in own.overrides):
-        own = replace(own, overrides=(*own.overrides, f"run.max_memory_gb={limit / dask.state.nthreads / 2**30}"))
+    if limit:
+        share = {"run": {"max_memory_gb": limit / dask.state.nthreads / 2**30}}
+        own = replace(own, overrides=merged(share, own.overrides))
     if not hasattr(SLOT, "worker"):
         SLOT.worker = Worker(threads)
     return asdict(attempt(SLOT.worker, own, retry, timeout))

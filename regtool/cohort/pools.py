@@ -8,14 +8,15 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
 from regtool.cohort.tasks import Answer, Task
 from regtool.cohort.worker import Worker, attempt
 from regtool.config.schema import Run
+from regtool.config.toml import merged
 from regtool.runtime import memory_limit_bytes
 
 
@@ -41,9 +42,9 @@ class Share:
     device: str
 
     @property
-    def overrides(self) -> tuple[str, ...]:
+    def overrides(self) -> dict[str, Any]:
         """As parameters."""
-        return f"run.threads={self.threads}", f"run.max_memory_gb={self.max_memory_gb}", f"run.device={self.device}"
+        return {"run": asdict(self)}
 
 
 def shares(jobs: int, run: Run) -> list[Share]:
@@ -94,6 +95,6 @@ class LocalPool:
             except IndexError:
                 return
             self._started[task.id] = time.monotonic()
-            answer = attempt(worker, replace(task, overrides=(*task.overrides, *share.overrides)), *self._limits)
+            answer = attempt(worker, replace(task, overrides=merged(task.overrides, share.overrides)), *self._limits)
             del self._started[task.id]
             self._answers.put(answer)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regtool.cohort.folder import PairFolder
 from regtool.errors import RegtoolError
@@ -15,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next pair would fail as 
 LOG_BYTES = 4000  # of what a dead process said last
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A pair to register. folder: of its report; cohort: the folder of all; names: of its outputs in BIDS, empty for `register`'s own."""
 
@@ -23,8 +24,8 @@ class Task:
     folder: str
     cohort: str
     inputs: Mapping[str, str]
-    parameter_file: str | None
-    overrides: tuple[str, ...]
+    parameter_file: str | None = None
+    overrides: Mapping[str, Any]
     fix_header: bool
     command: str
     names: Mapping[str, str]
@@ -35,7 +36,7 @@ class Task:
         return PairFolder(self.id, Path(self.folder), {role: Path(path) for role, path in self.inputs.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """status: ok, qc_failed, failed or not_run; stop: no other pair can be written either; log: what the process said last, where it died."""
 
@@ -53,9 +54,17 @@ def failed_answer(name: str, error: Exception) -> Answer:
     """What is told of a pair whose registration raised an error; stop: no other pair could be written either."""
     stop = any(isinstance(e, OSError) and e.errno in FULL for e in _causes(error))
     if isinstance(error, RegtoolError):
-        return Answer(name, "failed", error.exit_code, error=error.what, tip=error.tip, stop=stop)
+        return Answer(id=name, status="failed", exit_code=error.exit_code, error=error.what, tip=error.tip, stop=stop)
     text = "".join(traceback.format_exception(error))[-LOG_BYTES:]
-    return Answer(name, "failed", 1, error=f"{type(error).__name__}: {error}", tip="this is a bug in regtool; please report it", stop=stop, log=text)
+    return Answer(
+        id=name,
+        status="failed",
+        exit_code=1,
+        error=f"{type(error).__name__}: {error}",
+        tip="this is a bug in regtool; please report it",
+        stop=stop,
+        log=text,
+    )
 
 
 def _causes(error: BaseException) -> list[BaseException]:

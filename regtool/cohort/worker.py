@@ -39,7 +39,7 @@ class Worker:
             started = time.monotonic()
             process = self._alive()
             if process is None:
-                return Answer(task.id, "not_run")
+                return Answer(id=task.id, status="not_run")
             line = self._asked(process, json.dumps(asdict(task)), timeout)
             seconds = round(time.monotonic() - started, 3)
             if line.endswith("\n"):
@@ -47,12 +47,12 @@ class Worker:
             code = process.wait()
             _close_pipes(process)
             if self._closed:
-                return Answer(task.id, "not_run")
+                return Answer(id=task.id, status="not_run")
             if self._late:
                 what, tip, exit_code = f"took longer than {timeout:g} s", "--timeout allows more, --refine and --set less work", 1
             else:
                 what, tip, exit_code = _death(code)
-            return Answer(task.id, "failed", exit_code, seconds, what, tip, log=self._last_words())
+            return Answer(id=task.id, status="failed", exit_code=exit_code, seconds=seconds, error=what, tip=tip, log=self._last_words())
 
     def close(self) -> None:
         """Ends the process at once, in the middle of a pair too. Any thread may call this."""

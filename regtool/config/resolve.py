@@ -1,21 +1,24 @@
-"""A parameter file becomes Parameters: defaults < what a model brings < file < `--set section.key=value`; and back into a file."""
+"""A parameter file becomes Parameters: defaults < what a model brings < file < overrides; and back into a file."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from regtool.config.choices import methods
 from regtool.config.schema import Parameters
-from regtool.config.section import Section
-from regtool.config.toml import explained, merged, new_name, read_tables, set_value
+from regtool.config.section import Section, choices_of
+from regtool.config.toml import explained, merged, nearest, new_name, place_in_file, read_tables, with_new_names
 from regtool.errors import ParameterError, did_you_mean
 
 S = TypeVar("S", bound=Section)
+log = logging.getLogger("regtool")
 
 
 _INIT_TIP = "`regtool parameters init --all` prints every parameter with its meaning"
@@ -23,8 +26,10 @@ MODEL_SECTIONS = ("method", "grid", "preprocess", "engine", "training_similarity
 Defaults = Callable[[str], dict[str, Any]]
 
 
-def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None, defaults: Defaults | None = None) -> Parameters:
-    """`defaults(method)` < `base` (what a model brings) < file < `section.key=value` overrides, validated.
+def load(
+    path: Path | None, overrides: Mapping[str, Any] | None = None, base: dict[str, Any] | None = None, defaults: Defaults | None = None
+) -> Parameters:
+    """`defaults(method)` < `base` (what a model brings) < file < `overrides` (`{"section": {"key": value}}`), validated.
 
     Raises ParameterError naming file, line, key and the nearest known key; UsageError/InputError-like trouble with the file likewise.
     """
@@ -32,23 +37,38 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any
     lines: dict[str, int] = {}
     if path is not None:
         tables, lines = read_tables(path)
-    values = merged(copy.deepcopy(base or {}), tables)
-    for override in overrides:
-        set_value(values, override)
+    overrides = with_new_names(overrides or {}, lambda old, new: log.warning("%s is now called %s", old, new))
+    values = merged(copy.deepcopy(base or {}), tables, overrides)
+    if isinstance(values.get("method"), str) and values["method"].lower() in methods():
+        values["method"] = values["method"].lower()
     if defaults is not None and isinstance(values.get("method"), str):
         values = merged(copy.deepcopy(defaults(values["method"])), values)
     try:
         return Parameters.model_validate(values)
     except ValidationError as error:
-        raise explained(error, Parameters, path, lines, overrides=overrides) from error
+        raise explained(error.errors(), Parameters, place_in_file(path, lines, overrides)) from error
 
 
-def validated(schema: type[S], table: dict[str, Any], prefix: str, path: Path | None = None, overrides: tuple[str, ...] = ()) -> S:
+def check_overrides(overrides: Mapping[str, Any], said: Mapping[str, str]) -> None:
+    """ParameterError for overrides that are wrong whatever a parameter file holds; said: the words that gave each `section.key`, for the message.
+
+    What depends on other keys, and `[engine]`, which is the method's, is left to `load`.
+    """
+    try:
+        Parameters.model_validate(overrides)
+    except ValidationError as error:
+        alone = [e for e in error.errors() if e["type"] != "value_error" or not isinstance(e["input"], Mapping)]
+        if alone:
+            raise explained(alone, Parameters, lambda key: nearest(said, key) or "parameters") from error
+
+
+def validated(schema: type[S], table: dict[str, Any], prefix: str, path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> S:
     """One raw table (`[engine]`) through its own schema, errors explained as for the rest of the file."""
     try:
         return schema.model_validate(table)
     except ValidationError as error:
-        raise explained(error, schema, path, read_tables(path)[1] if path else {}, prefix, overrides) from error
+        place = place_in_file(path, read_tables(path)[1] if path else {}, overrides or {})
+        raise explained(error.errors(), schema, place, prefix) from error
 
 
 def dump(parameters: Parameters, opening: str, engine: Section | None = None, *, documented: bool = False, advanced: bool = True) -> str:
@@ -117,14 +137,13 @@ def explanation(key: str, parameters: Parameters, engine: Section | None = None)
     facts = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {getattr(limit, short):g}" for limit in info.metadata for short, sign in signs.items() if hasattr(limit, short)]
-    choices = [str(choice) for part in (info.annotation, *get_args(info.annotation)) for choice in get_args(part) if isinstance(choice, str)]
     found = {
         "key": ".".join([*sections, name]),
         "meaning": info.description,
         "default": "left out" if value is None else value if isinstance(value, str | bool | int | float) else str(value),
         "unit": facts.get("unit"),
         "range": " and ".join(limits),
-        "choices": ", ".join(choices),
+        "choices": ", ".join(choices_of(info.annotation)),
         "chosen_on": facts.get("chosen_on"),
     }
     return {name: fact for name, fact in found.items() if fact not in (None, "")}

@@ -5,9 +5,9 @@ Precedence: defaults < file < `--set section.key=value`. `[engine]` stays raw he
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from regtool.config.choices import DEVICE, LARGEST_SEED, MOST_THREADS, ImageFormat, IntensityScaling, Precision, Schedule, TimeMode
 from regtool.config.registration import Align, Guard, Metric, MetricName, Modality, Oneshot, Refine, SimilarityMetric
@@ -210,7 +210,9 @@ class Run(Section):
     passes: int = Field(
         3, ge=1, le=4, description="times that trained weights see the pair, each time as registered so far; a further pass stays only where it helps"
     )
-    device: str = Field("auto", pattern=f"^({DEVICE.pattern})$", description="auto, cpu, cuda, cuda:N or mps")
+    device: Annotated[str, StringConstraints(to_lower=True)] = Field(
+        "auto", pattern=f"(?i)^({DEVICE.pattern})$", description="auto, cpu, cuda, cuda:N or mps"
+    )
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; left out: all cores")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of every random number")
     precision: Precision = Field(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 ByDimension = tuple[float, float]  # a number for images (2-D) and one for volumes (3-D)
 
@@ -13,6 +13,19 @@ class Section(BaseModel):
     """A section of the file: immutable, and no key that is not declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any, info: ValidationInfo) -> Any:
+        """A name from a list is taken in upper or lower case."""
+        if isinstance(value, str) and info.field_name and value.lower() in choices_of(cls.model_fields[info.field_name].annotation):
+            return value.lower()
+        return value
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The names that a field may have, where its annotation is a `Literal`, or one with None."""
+    return tuple(choice for part in (annotation, *get_args(annotation)) for choice in get_args(part) if isinstance(choice, str))
 
 
 def number(default: Any, meaning: str, *, unit: str = "", chosen_on: str = "", **limits: float) -> Any:

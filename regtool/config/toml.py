@@ -6,14 +6,16 @@ import copy
 import logging
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
-from regtool.errors import ParameterError, did_you_mean
+from regtool.errors import ParameterError, did_you_mean, nearest_name
 
+T = TypeVar("T")
 log = logging.getLogger("regtool")
 RENAMED = {  # sections and keys of older files and models
     "measure": "metric",
@@ -23,34 +25,49 @@ RENAMED = {  # sections and keys of older files and models
 }
 
 
-def explained(
-    error: ValidationError, schema: type[BaseModel], path: Path | None, lines: dict[str, int], prefix: str = "", overrides: tuple[str, ...] = ()
-) -> ParameterError:
-    """The first trouble as `vm.toml:5: engine.variatn: unknown parameter; did you mean 'variant'?`."""
-    trouble = error.errors()[0]
+def explained(troubles: Sequence[ErrorDetails], schema: type[BaseModel], place: Callable[[str], str], prefix: str = "") -> ParameterError:
+    """The first trouble as `vm.toml:5: engine.variatn: unknown parameter; did you mean 'variant'?`. place: who or what said `section.key`."""
+    trouble = troubles[0]
     where = [str(p) for p in trouble["loc"] if not isinstance(p, int)]
     key = ".".join([*([prefix] if prefix else []), *where])
-    by_override = next((o for o in reversed(overrides) if _within(o.partition("=")[0].strip(), key)), None)
-    if by_override is not None:
-        place = f"--set {by_override}"
-    else:
-        line = lines.get(key) or next((number for name, number in lines.items() if _within(name, key)), None)
-        place = f"{path}:{line}" if path and line else str(path) if path else "parameters"
     if trouble["type"] == "extra_forbidden":
         message = f"unknown parameter; {did_you_mean(where[-1], known_keys(schema, where[:-1]))}"
     else:
         text = trouble["msg"].removeprefix("Value error, ")
         message = f"{text[0].lower()}{text[1:]}, got {trouble['input']!r}"
-    more = len(error.errors()) - 1
-    return ParameterError(
-        f"{place}: {key}: {message}" + (f" (and {more} more)" if more else ""),
-        tip="`regtool parameters init METHOD` prints every parameter with its meaning",
-    )
+        if trouble["type"] == "literal_error" and (near := nearest_name(str(trouble["input"]), re.findall(r"'([^']*)'", trouble["ctx"]["expected"]))):
+            message += f"; did you mean {near!r}?"
+    more = f" (and {len(troubles) - 1} more)" if len(troubles) > 1 else ""
+    return ParameterError(f"{place(key)}: {key}: {message}{more}", tip="`regtool parameters init METHOD` prints every parameter with its meaning")
+
+
+def place_in_file(path: Path | None, lines: Mapping[str, int], overrides: Mapping[str, Any]) -> Callable[[str], str]:
+    """Where a key stands, as `vm.toml:5`; `parameters` for what no file says."""
+
+    def place(key: str) -> str:
+        if path is None or _holds(overrides, key):
+            return "parameters"
+        line = nearest(lines, key)
+        return f"{path}:{line}" if line else str(path)
+
+    return place
+
+
+def nearest(known: Mapping[str, T], key: str) -> T | None:
+    """What is known of a dotted key, or of a section that it is in, or of the first key that is in it."""
+    return known.get(key) or next((value for name, value in known.items() if _within(name, key)), None)
 
 
 def _within(one: str, other: str) -> bool:
     """Whether two dotted keys are the same, or one is a section of the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _holds(table: Mapping[str, Any], key: str) -> bool:
+    """Whether a nested table says something of a dotted key or section."""
+    name, _, rest = key.partition(".")
+    inner = table.get(name)
+    return name in table and (not rest or not isinstance(inner, Mapping) or _holds(inner, rest))
 
 
 def known_keys(schema: type[BaseModel], where: list[str]) -> list[str]:
@@ -87,9 +104,9 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return tables, {new_name(key): number for key, number in lines.items()}
 
 
-def with_new_names(tables: dict[str, Any], note: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+def with_new_names(tables: Mapping[str, Any], note: Callable[[str, str], None] | None = None) -> dict[str, Any]:
     """The tables of an older file or model with today's names; what is given under both names stays as under the new one. note: of (old, new)."""
-    out = copy.deepcopy(tables)
+    out = copy.deepcopy(dict(tables))
     for old, new in RENAMED.items():
         holder, name = _holder(out, old)
         if name not in holder:
@@ -122,28 +139,32 @@ def _holder(tables: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return tables, name
 
 
-def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Tables merged key by key, `high` winning."""
-    out = dict(low)
-    for key, value in high.items():
-        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key, the later ones winning."""
+    out: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            there = out.get(key)
+            out[key] = merged(there if isinstance(there, dict) else {}, value) if isinstance(value, dict) else value
     return out
 
 
-def set_value(values: dict[str, Any], override: str) -> None:
-    """`section.key=value` into `values`; value in TOML notation, a bare word is a string."""
-    key, equals, text = override.partition("=")
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`{"section": {"key": value}}` of `section.key`."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    table: dict[str, Any] = value
+    return table
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """(today's dotted key, value) of `section.key=value`; the value in TOML notation, a bare word is a string. ParameterError for another form."""
+    key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not all(part.strip() for part in key.split(".")):
-        raise ParameterError(f"--set {override}: expected section.key=value", tip="for example --set oneshot.iterations=100")
+        raise ParameterError(f"--set {text}: expected section.key=value", tip="for example --set oneshot.iterations=100")
+    if new_name(key) != key:
+        log.warning("--set %s: %s is now called %s", text, key, new_name(key))
     try:
-        value = tomllib.loads(f"v = {text.strip()}")["v"]
+        return new_name(key), tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
-    if new_name(key.strip()) != key.strip():
-        log.warning("--set %s: %s is now called %s", override, key.strip(), new_name(key.strip()))
-    *sections, name = new_name(key.strip()).split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ParameterError(f"--set {override}: {section} is no section", tip="`regtool parameters init METHOD` prints every parameter")
-    values[name] = value
+        return new_name(key), value

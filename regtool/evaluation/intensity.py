@@ -17,7 +17,7 @@ SSIM_WINDOW = 7
 C1, C2 = 0.01**2, 0.03**2  # Wang 2004, for a dynamic range of 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IntensityAgreement:
     """ncc, lncc, mi, ssim: higher is better; mad_intensity, rmse_percent: lower is better. Definitions in `likeness`."""
 

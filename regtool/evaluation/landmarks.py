@@ -15,7 +15,7 @@ from regtool.geometry.transforms import Transform
 WORST = 0.3  # of the landmarks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TargetError:
     """Distances in mm. each: one a landmark, in file order; p95: 95th percentile, linear between ranks; worst30: mean of the worst 30 %."""
 
@@ -44,7 +44,13 @@ def tre(fixed: Landmarks, moving: Landmarks, transform: Transform | None = None)
     carried = fixed.points if transform is None else transform_points(transform, fixed.points)
     each = np.linalg.norm(carried - moving.points, axis=1)
     worst = np.sort(each)[-math.ceil(WORST * len(each)) :]
-    return TargetError(float(each.mean()), float(np.median(each)), float(np.percentile(each, 95)), float(worst.mean()), tuple(each.tolist()))
+    return TargetError(
+        mean=float(each.mean()),
+        median=float(np.median(each)),
+        p95=float(np.percentile(each, 95)),
+        worst30=float(worst.mean()),
+        each=tuple(each.tolist()),
+    )
 
 
 def exchanged(fixed: Landmarks, moving: Landmarks, transform: Transform, found: TargetError) -> bool:

@@ -11,7 +11,7 @@ RESAMPLES = 9999
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mean:
     """low, high: 95 % bootstrap confidence interval of the mean; NaN for fewer than two values."""
 
@@ -41,10 +41,10 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Mean:
 
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or not np.isfinite(x).all():
-        return Mean(float(x.mean()) if len(x) else NAN, NAN, NAN, NAN, len(x))
+        return Mean(mean=float(x.mean()) if len(x) else NAN, low=NAN, high=NAN, sd=NAN, n=len(x))
     found = bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed), batch=500)
     low, high = found.confidence_interval
-    return Mean(float(x.mean()), float(low), float(high), float(x.std(ddof=1)), len(x))
+    return Mean(mean=float(x.mean()), low=float(low), high=float(high), sd=float(x.std(ddof=1)), n=len(x))
 
 
 def paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Paired:

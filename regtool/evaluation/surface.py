@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ Points = NDArray[np.float64]
 PERCENTILE = 95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SurfaceDistance:
     """Of one label, mm; infinite where one of the maps lacks it.
 
@@ -33,7 +34,7 @@ class SurfaceDistance:
     masd: float
 
 
-LOST = SurfaceDistance(*[float("inf")] * 5)
+LOST = SurfaceDistance(hd=math.inf, hd95=math.inf, sd95=math.inf, assd=math.inf, masd=math.inf)
 
 
 def surface_distances(fixed: Labels, warped: Labels, labels: Iterable[int]) -> dict[int, SurfaceDistance]:
@@ -71,7 +72,11 @@ def _summary(there: Points, back: Points) -> SurfaceDistance:
     both = np.concatenate([there, back])
     directed = [float(np.percentile(d, PERCENTILE)) for d in (there, back)]
     return SurfaceDistance(
-        float(both.max()), max(directed), float(np.percentile(both, PERCENTILE)), float(both.mean()), float(there.mean() + back.mean()) / 2
+        hd=float(both.max()),
+        hd95=max(directed),
+        sd95=float(np.percentile(both, PERCENTILE)),
+        assd=float(both.mean()),
+        masd=float(there.mean() + back.mean()) / 2,
     )
 
 

@@ -115,7 +115,7 @@ def _volume(displacements: Sequence[torch.Tensor], simplex: Sequence[tuple[int, 
     return determinant(moved) * (float(torch.linalg.det(still).sign()) / math.factorial(len(tip)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JacobianStatistics:
     """Of the determinant over the voxels that count. sd_log: of the logarithm where the determinant is positive."""
 
@@ -141,7 +141,7 @@ def jacobian_statistics(determinant: torch.Tensor, mask: torch.Tensor | None = N
     total, total_log, total_square = sums.tolist()
     sd_log = math.sqrt(max(total_square / count - (total_log / count) ** 2, 0.0)) if count else float("nan")
     folding = 100 * int((least <= 0).sum()) / len(least)
-    return JacobianStatistics(float(values.min()), float(values.max()), total / len(values), folding, sd_log)
+    return JacobianStatistics(min=float(values.min()), max=float(values.max()), mean=total / len(values), folding_percent=folding, sd_log=sd_log)
 
 
 def _difference(u: torch.Tensor, axis: int) -> torch.Tensor:

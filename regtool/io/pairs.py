@@ -27,7 +27,7 @@ NAMED = 10  # missing files that an error names
 LONGEST_ID = 200  # bytes: file systems take 255, and temporary names are longer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """An image and what belongs to it. line: where in the list it stands, None for a file of a folder."""
 
@@ -166,8 +166,8 @@ def _rank(name: str, seed: int) -> bytes:
 
 def _to_atlas(images: tuple[Entry, ...], source: Path, atlas: Path, labels: Path | None, isolated: bool) -> Pairs:
     """Each image as moving to the atlas, without the atlas itself."""
-    own = next((entry for entry in images if entry.image.resolve() == atlas.resolve()), Entry(stem_of(atlas), atlas))
-    fixed = Entry(own.id, own.image, labels or own.labels, own.landmarks, own.mask, own.line)
+    own = next((entry for entry in images if entry.image.resolve() == atlas.resolve()), Entry(id=stem_of(atlas), image=atlas))
+    fixed = Entry(id=own.id, image=own.image, labels=labels or own.labels, landmarks=own.landmarks, mask=own.mask, line=own.line)
     moving = [entry for entry in images if entry is not own]
     if not moving:
         raise InputError(f"{source} holds no image besides the atlas", tip=_folder_tip(source))
@@ -193,7 +193,7 @@ def _pair_of_row(source: Path, line: int, row: dict[str, str]) -> Pair:
 def _entry(source: Path, line: int, row: dict[str, str]) -> Entry:
     image = source.parent / row["image"]
     labels, landmarks, mask = (source.parent / row[extra] if row.get(extra) else None for extra in EXTRAS)
-    return Entry(row.get("id") or stem_of(image), image, labels, landmarks, mask, line)
+    return Entry(id=row.get("id") or stem_of(image), image=image, labels=labels, landmarks=landmarks, mask=mask, line=line)
 
 
 def _folder(folder: Path) -> list[Entry]:
@@ -203,7 +203,7 @@ def _folder(folder: Path) -> list[Entry]:
         if path.name.startswith("."):
             continue
         if is_image(path) and not (suffix_of(path) == ".img" and path.with_suffix(".hdr").exists()):
-            found.append(Entry(stem_of(path), path))
+            found.append(Entry(id=stem_of(path), image=path))
     return found
 
 

@@ -12,6 +12,7 @@ torch inside `engine()` only, so that listing and checking takes no second; a me
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def citation_of(name: str) -> str:
     return str(getattr(_module(name), "CITATION", ""))
 
 
-def read_parameters(path: Path | None, overrides: tuple[str, ...] = (), base: dict[str, Any] | None = None) -> Parameters:
+def read_parameters(path: Path | None, overrides: Mapping[str, Any] | None = None, base: dict[str, Any] | None = None) -> Parameters:
     """`parameters.load` with the method's own defaults at the bottom. UsageError for an unknown method."""
     return load_parameters(path, overrides, base, defaults_of)
 
@@ -71,7 +72,7 @@ def load(name: str) -> type[Engine]:
     return found
 
 
-def engine_section(parameters: Parameters, path: Path | None = None, overrides: tuple[str, ...] = ()) -> Section | None:
+def engine_section(parameters: Parameters, path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Section | None:
     """`[engine]` as the method's own `Parameters`; None without a method. UsageError for an unknown method, ParameterError for a wrong `[engine]`."""
     if parameters.method is not None:
         return validated(parameters_of(parameters.method), parameters.engine, "engine", path, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from regtool.config.choices import NO_MODEL
 from regtool.config.resolve import MODEL_SECTIONS
 from regtool.config.schema import Parameters
 from regtool.config.section import Section
+from regtool.config.toml import merged
 from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import bundled_model, find_model, is_bundled, read_card
 from regtool.methods import engine_section, names, read_parameters
@@ -21,7 +23,7 @@ log = logging.getLogger("regtool")
 DEFAULT_METHOD: str | None = "pyramid"  # of `register` without -m, where its weights for the dimension are in the package
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resolved:
     """parameters: complete, the engine's table included; engine: trained, or None where there is none or it learns on the pair; by_default: nobody
     asked for its weights.
@@ -35,7 +37,7 @@ class Resolved:
     by_default: bool = False
 
 
-def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int | None) -> Resolved:
+def resolve(parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int | None) -> Resolved:
     """ndim: the images' dimension; None only validates and loads no weights.
 
     Without `run.model` the method's own weights that come with regtool for that dimension are taken, unless the [engine] that is asked for is
@@ -47,7 +49,7 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
     wanted = _bundled(asked, ndim) if asked.run.model is None else asked.run.model
     if wanted is None or wanted == NO_MODEL:
         own = engine_section(asked, parameter_file, overrides)
-        return Resolved(_with_engine(asked, own), own)
+        return Resolved(parameters=_with_engine(asked, own), engine_parameters=own)
     path = find_model(str(wanted))
     card = read_card(path)
     brought = _brought(card, path)
@@ -57,15 +59,22 @@ def resolve(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int |
     if parameters.method != card["method"]:
         raise ModelError(f"{path.name} is a {card['method']} model, not {parameters.method}", tip=f"use -m {card['method']}, or leave -m out")
     own = engine_section(parameters, parameter_file, overrides)
-    if own != engine_section(read_parameters(None, (), brought)):
+    if own != engine_section(read_parameters(None, None, brought)):
         if asked.run.model is None:
             log.warning("[engine] is not that of the weights that come with regtool (%s): the method learns on the pair", path.stem)
-            return resolve(parameter_file, (*overrides, f'run.model="{NO_MODEL}"'), ndim)
+            return resolve(parameter_file, merged(overrides, {"run": {"model": NO_MODEL}}), ndim)
         raise ParameterError(f"[engine] differs from what {path.name} was trained with", tip="leave [engine] out where a model is given")
     run = parameters.run.model_copy(update={"model": path.stem if is_bundled(path) else str(path.resolve())})
     parameters = _with_engine(parameters, own).model_copy(update={"run": run})
     engine = None if ndim is None else load_model(path, ndim, parameters=parameters)[0]
-    return Resolved(parameters, own, engine, card, path, by_default=asked.method is None and asked.run.model is None)
+    return Resolved(
+        parameters=parameters,
+        engine_parameters=own,
+        engine=engine,
+        card=card,
+        model=path,
+        by_default=asked.method is None and asked.run.model is None,
+    )
 
 
 def _bundled(asked: Parameters, ndim: int | None) -> Path | None:
@@ -83,7 +92,7 @@ def _brought(card: dict[str, Any], path: Path) -> dict[str, Any]:
             tip="upgrade regtool",
         )
     try:
-        engine_section(read_parameters(None, (), brought))
+        engine_section(read_parameters(None, None, brought))
     except ParameterError as error:
         raise ModelError(f"{path.name}: its parameters are not those of this regtool: {error.what}", tip="use the regtool that wrote it") from error
     return brought

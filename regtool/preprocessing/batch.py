@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 
 import torch
 
@@ -20,6 +20,7 @@ class Batch:
 
     fixed: torch.Tensor
     moving: torch.Tensor
+    _: KW_ONLY
     fixed_mask: torch.Tensor | None = None
     moving_mask: torch.Tensor | None = None
     fixed_labels: torch.Tensor | None = None
@@ -43,10 +44,10 @@ class Batch:
         return Batch(
             self.moving,
             self.fixed,
-            self.moving_mask,
-            self.fixed_mask,
-            self.moving_labels,
-            self.fixed_labels,
-            self.moving_points,
-            self.fixed_points,
+            fixed_mask=self.moving_mask,
+            moving_mask=self.fixed_mask,
+            fixed_labels=self.moving_labels,
+            moving_labels=self.fixed_labels,
+            fixed_points=self.moving_points,
+            moving_points=self.fixed_points,
         )

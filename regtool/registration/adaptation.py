@@ -31,7 +31,7 @@ class ProgressCallback(Protocol):
         """similarity: where it is known; higher is better."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learned:
     """engine: ready to predict, with the weights of the best iterate; losses: before every step, and after the last.
 
@@ -90,7 +90,16 @@ def learn(engine: Engine, batch: Batch, parameters: Oneshot, metric: Metric, *, 
         _remember(engine, batch)
     _say(diverged, len(losses) - 1, best_at, best_state is None)
     after = before if best_state is None else _similarity(engine.eval(), batch, metric)
-    return Learned(engine.eval(), tuple(losses), best_at, (start, best), metric.name, (before, after), rate, diverged)
+    return Learned(
+        engine=engine.eval(),
+        losses=tuple(losses),
+        steps=best_at,
+        loss=(start, best),
+        metric=metric.name,
+        similarity=(before, after),
+        rate=rate,
+        diverged=diverged,
+    )
 
 
 def _say(diverged: bool, steps: int, best_at: int, start_kept: bool) -> None:

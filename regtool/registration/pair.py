@@ -164,7 +164,17 @@ class PreparedPair:
         if by_points and self.annotations.landmarks is not None:
             sides = zip(self.annotations.landmarks, (identity, transform), strict=True)
             points = [(points_on_grid(one.points, t, grid).to(device),) for one, t in sides]
-        return Batch(fixed, moving, *self.masks(transform, grid), labels[0], labels[1], points[0], points[1])
+        masks = self.masks(transform, grid)
+        return Batch(
+            fixed,
+            moving,
+            fixed_mask=masks[0],
+            moving_mask=masks[1],
+            fixed_labels=labels[0],
+            moving_labels=labels[1],
+            fixed_points=points[0],
+            moving_points=points[1],
+        )
 
     def release(self, but: Grid | None = None) -> None:
         """Lets go of the images prepared for other grids than `but`: memory that what comes next may need."""

@@ -271,12 +271,12 @@ def _at(pair: Batch, shape: tuple[int, ...]) -> Batch:
     return Batch(
         image(pair.fixed),
         image(pair.moving),
-        None if pair.fixed_mask is None else image(pair.fixed_mask),
-        None if pair.moving_mask is None else image(pair.moving_mask),
-        labels(pair.fixed_labels),
-        labels(pair.moving_labels),
-        points(pair.fixed_points),
-        points(pair.moving_points),
+        fixed_mask=None if pair.fixed_mask is None else image(pair.fixed_mask),
+        moving_mask=None if pair.moving_mask is None else image(pair.moving_mask),
+        fixed_labels=labels(pair.fixed_labels),
+        moving_labels=labels(pair.moving_labels),
+        fixed_points=points(pair.fixed_points),
+        moving_points=points(pair.moving_points),
     )
 
 

@@ -13,7 +13,7 @@ from regtool.geometry.transforms import DisplacementField
 from regtool.report.schema import FailureReport, RegistrationReport
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Frame:
     """One registered time point, or the only one; all on the fixed grid.
 
@@ -37,7 +37,7 @@ class LandmarkErrors:
     after: Array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PageContent:
     """All that the page shows. Every number comes from `report`.
 

@@ -41,7 +41,7 @@ VOLUME = LinearSegmentedColormap.from_list("volume", ["#7fd0ff", "#1f5fbf", "#17
 COLUMNS = ("fixed", "moving, before", "difference before", "warped, after", "difference after", "deformed grid on fixed", "Jacobian determinant")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plane:
     """One slice and how it is hung: index axes across and down, which of them run backwards, where the others are cut, edge letters."""
 
@@ -113,7 +113,7 @@ def planes(fixed: Image) -> list[Plane]:
         head_up = b not in (0, 1)  # LPS grows to the head but the picture grows downwards
         out.append(
             Plane(
-                ("axial", "coronal", "sagittal")[a + b - 1] if known else f"{'xyz'[a]}-{'xyz'[b]}", across, down,
+                name=("axial", "coronal", "sagittal")[a + b - 1] if known else f"{'xyz'[a]}-{'xyz'[b]}", across=across, down=down,
                 flip_across=bool(grid.rotation[a, across] < 0),
                 flip_down=bool(grid.rotation[b, down] < 0) != head_up,
                 cut={k: middle[k] for k in normals}, letters=_letters(a, b) if known else _axis_names(a, b),

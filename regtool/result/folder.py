@@ -83,9 +83,9 @@ def _leave(error: Exception, start: RunStart, output: Path) -> None:
         frames: tuple[Frame, ...] = ()
         if start.fixed.grid.ndim == start.moving.grid.ndim:
             shown = start.moving.grey() if start.moving.time is None else start.moving.channel(0)
-            frames = (Frame("0", warp(shown, start.before, start.fixed.grid, start.resolved.parameters.run.outside)),)
+            frames = (Frame(name="0", before=warp(shown, start.before, start.fixed.grid, start.resolved.parameters.run.outside)),)
         with staged_folder(output) as stage:
-            write_page(PageContent(start.title, start.fixed.grey(), frames, report), stage)
+            write_page(PageContent(title=start.title, fixed=start.fixed.grey(), frames=frames, report=report), stage)
             write_report(report, stage / FAILED)
     except Exception as trouble:
         log.debug("no page of the failed run could be written: %s", trouble)
@@ -129,8 +129,18 @@ def _parameters(start: RunStart, verb: str) -> str:
 
 
 def _page(outcome: Outcome, report: RegistrationReport) -> PageContent:
-    frames = tuple(Frame(f"{t}", d.start.grey(), d.warped.grey(), d.displacement, d.determinant) for t, d in enumerate(outcome.done))
-    return PageContent(outcome.start.title, outcome.start.fixed.grey(), frames, report, _contours(outcome), _errors(outcome))
+    frames = tuple(
+        Frame(name=f"{t}", before=d.start.grey(), warped=d.warped.grey(), displacement=d.displacement, determinant=d.determinant)
+        for t, d in enumerate(outcome.done)
+    )
+    return PageContent(
+        title=outcome.start.title,
+        fixed=outcome.start.fixed.grey(),
+        frames=frames,
+        report=report,
+        labels=_contours(outcome),
+        landmarks=_errors(outcome),
+    )
 
 
 def _contours(outcome: Outcome) -> tuple[Labels, Labels, Labels] | None:

@@ -52,7 +52,16 @@ def augmented(batch: Batch, parameters: Augment, generator: torch.Generator) -> 
         fixed, moving = (replace(side, image=_recoloured(side.image, parameters, uniform, generator)) for side in (fixed, moving))
     elif not flips and not turns and affine is None and field is None:
         return batch, None
-    return Batch(fixed.image, moving.image, fixed.mask, moving.mask, fixed.labels, moving.labels, fixed.points, moving.points), field
+    return Batch(
+        fixed.image,
+        moving.image,
+        fixed_mask=fixed.mask,
+        moving_mask=moving.mask,
+        fixed_labels=fixed.labels,
+        moving_labels=moving.labels,
+        fixed_points=fixed.points,
+        moving_points=moving.points,
+    ), field
 
 
 def elastic(shape: Sequence[int], largest: float, spacing: float, generator: torch.Generator) -> torch.Tensor:

@@ -95,7 +95,16 @@ class Dataset:
                     f"{pair.fixed.landmarks} holds {counts[0]} landmarks, {pair.moving.landmarks} {counts[1]}",
                     tip="both files need the same points in the same order",
                 )
-        return Batch(images[0], images[1], masks[0], masks[1], labels[0], labels[1], points[0], points[1])
+        return Batch(
+            images[0],
+            images[1],
+            fixed_mask=masks[0],
+            moving_mask=masks[1],
+            fixed_labels=labels[0],
+            moving_labels=labels[1],
+            fixed_points=points[0],
+            moving_points=points[1],
+        )
 
     def _alignment(self, index: int, pair: Pair) -> tuple[Affine, PairView]:
         """(fixed to moving in mm, what of the pair is then compared), from the images as they are read."""
@@ -246,13 +255,13 @@ def collate(batches: Sequence[Batch]) -> Batch:
     return Batch(
         torch.cat([pad_end(b.fixed, shape) for b in batches]),
         torch.cat([pad_end(b.moving, shape) for b in batches]),
-        masks(lambda b: b.fixed_mask),
-        masks(lambda b: b.moving_mask),
-        labels(lambda b: b.fixed_labels),
-        labels(lambda b: b.moving_labels),
-        points(lambda b: b.fixed_points),
-        points(lambda b: b.moving_points),
-        known(),
+        fixed_mask=masks(lambda b: b.fixed_mask),
+        moving_mask=masks(lambda b: b.moving_mask),
+        fixed_labels=labels(lambda b: b.fixed_labels),
+        moving_labels=labels(lambda b: b.moving_labels),
+        fixed_points=points(lambda b: b.fixed_points),
+        moving_points=points(lambda b: b.moving_points),
+        displacement=known(),
     )
 
 

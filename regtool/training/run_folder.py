@@ -42,7 +42,7 @@ FREE = (
 )  # of [train]: may change on resuming
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingState:
     """Where a training stands. step: updates done; before: validation of the untrained network; best_at: the step of the model that is kept."""
 
@@ -123,7 +123,15 @@ class RunFolder:
         try:
             trainer.restore(tensors)
             best, latest, before = (None if record[k] is None else Validation(**record[k]) for k in ("best", "latest", "before"))
-            progress = TrainingState(record["step"], record["seconds"], before, latest, record["validated_at"], best, record["best_at"])
+            progress = TrainingState(
+                step=record["step"],
+                seconds=record["seconds"],
+                before=before,
+                latest=latest,
+                validated_at=record["validated_at"],
+                best=best,
+                best_at=record["best_at"],
+            )
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(f"{path} is no state of this training: {str(error).splitlines()[0]}", tip="train anew with --overwrite") from error
         progress.history = [row for row in self._read_history() if (row["step"] or 0) <= progress.step]

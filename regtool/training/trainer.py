@@ -43,7 +43,7 @@ class Feed(Protocol):
         """The id of that pair."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Validation:
     """Means over the validation pairs, on the network's grid.
 
@@ -237,7 +237,14 @@ def validate_pair(engine: Engine, pair: Batch, metric: SimilarityMetric, precisi
         tre = float(landmark_distance(pair.fixed_points, pair.moving_points, u))
     if pair.displacement is not None:
         epe = float(displacement_error(pair.displacement, u))
-    return Validation(alike, objective, jacobian_statistics(jacobian_determinant(field)).folding_percent, dice, tre, epe)
+    return Validation(
+        similarity=alike,
+        objective=objective,
+        folding_percent=jacobian_statistics(jacobian_determinant(field)).folding_percent,
+        dice=dice,
+        tre_voxels=tre,
+        epe_voxels=epe,
+    )
 
 
 def mean_of(found: Sequence[Validation]) -> Validation:

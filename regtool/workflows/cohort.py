@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from regtool.cohort.pools import LocalPool, Pool, shares
 from regtool.cohort.table import row_of, write_results
 from regtool.cohort.tasks import Answer, Task
 from regtool.config.schema import Parameters, Run
+from regtool.config.toml import merged
 from regtool.errors import OutputError, ParameterError, UsageError
 from regtool.io.files import check_folder, sha256, write_text
 from regtool.io.pairs import Pair, Pairs, read_list
@@ -33,7 +33,7 @@ RESERVED = (IDENTITY, RESULTS, PAGE)
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the command line says. source: a list of pairs or images, or a folder; template: the fixed image of every pair of such a list of images.
 
@@ -44,7 +44,7 @@ class Request:
     source: Path | None
     output: Path
     parameter_file: Path | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     template: Path | None = None
     bids_dir: Path | None = None
     ending: str = "T1w"
@@ -61,7 +61,7 @@ class Request:
     command: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CohortEvent:
     """Where a cohort stands. finished: the row of a pair that has just ended; skipped: finished before; running: seconds by id."""
 
@@ -92,15 +92,25 @@ def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None,
     if request.bids:
         bids.describe(request.output, request.bids_dir)
     finished = {k for k in mine if request.resume and folders[k].finished() is not None}
-    overrides = (*request.overrides, *_absolute(run))
+    overrides = merged(request.overrides, _absolute(run))
     file = None if request.parameter_file is None else str(request.parameter_file.absolute())
     tasks = []
     for k in mine:
         if k not in finished:
             inputs = {role: str(path) for role, path in folders[k].inputs.items()}
             names = bids.target_names(pairs[k]) if request.bids else {}
-            place = str(folders[k].folder), str(request.output.absolute())
-            tasks.append(Task(pairs[k].id, *place, inputs, file, overrides, request.fix_header, request.command, names))
+            task = Task(
+                id=pairs[k].id,
+                folder=str(folders[k].folder),
+                cohort=str(request.output.absolute()),
+                inputs=inputs,
+                parameter_file=file,
+                overrides=overrides,
+                fix_header=request.fix_header,
+                command=request.command,
+                names=names,
+            )
+            tasks.append(task)
     with graceful() as asked:
         started = time.monotonic()
         full: Answer | None = None
@@ -115,10 +125,10 @@ def cohort(request: Request, watch: Callable[[CohortEvent], None] | None = None,
     return _summary(request, rows, mine, len(finished), time.monotonic() - started)
 
 
-def _absolute(run: Run) -> tuple[str, ...]:
+def _absolute(run: Run) -> dict[str, Any]:
     """Paths among the parameters, for whoever works in another folder."""
     initial = None if run.initial_transform is None else str(Path(run.initial_transform).absolute())
-    return tuple(f"run.{key}={json.dumps(path, ensure_ascii=False)}" for key, path in (("model", run.model), ("initial_transform", initial)) if path)
+    return {"run": {key: path for key, path in (("model", run.model), ("initial_transform", initial)) if path}}
 
 
 def _work(
@@ -128,7 +138,7 @@ def _work(
     pool: Pool
     if request.scheduler is not None:
         threads = run.threads or 1
-        own = [replace(task, overrides=(*task.overrides, f"run.threads={threads}")) for task in tasks]
+        own = [replace(task, overrides=merged(task.overrides, {"run": {"threads": threads}})) for task in tasks]
         pool = ClusterPool(request.scheduler, own, request.retry, request.timeout, threads)
     else:
         pool = LocalPool(tasks, shares(min(request.jobs, len(tasks)), run), request.retry, request.timeout)
@@ -145,7 +155,18 @@ def _work(
                 speed = done / (time.monotonic() - started) * 60
                 left = (len(tasks) - done) / speed * 60 if done else None
                 finished = None if answer is None else _finished_row(by_id[answer.id], answer)
-                watch(CohortEvent(len(tasks) + skipped, done, failed, skipped, pool.running(), speed, left, finished))
+                watch(
+                    CohortEvent(
+                        total=len(tasks) + skipped,
+                        done=done,
+                        failed=failed,
+                        skipped=skipped,
+                        running=pool.running(),
+                        pairs_per_minute=speed,
+                        seconds_left=left,
+                        finished=finished,
+                    )
+                )
             if answer is not None and answer.stop:
                 return answer
             if answer is not None and answer.status == "failed" and request.fail_fast:

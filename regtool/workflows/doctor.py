@@ -48,7 +48,7 @@ class Finding:
     advice: str = ""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Diagnosis:
     """images, pair: facts with units in the names; command: what to run, None where the pair cannot be registered."""
 

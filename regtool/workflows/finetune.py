@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from regtool.config.choices import NO_MODEL
 from regtool.config.schema import Parameters, Run
+from regtool.config.toml import merged
 from regtool.errors import InputError, UsageError
 from regtool.io.files import sha256
 from regtool.io.pairs import read_list
@@ -25,7 +26,7 @@ from regtool.training.run_folder import MODEL
 from regtool.workflows import register, train
 
 PAIR = {"refine": {"iterations": 0}, "oneshot": {"iterations": 50}}
-CONVERGED = ("oneshot.iterations=3000", "oneshot.patience=300")  # overrides; 3000: what the paper calls convergence
+CONVERGED = {"oneshot": {"iterations": 3000, "patience": 300}}  # overrides; 3000: what the paper calls convergence
 SITE = {"train": {"steps": 500, "learning_rate": 1e-4, "validate_every": 20, "patience": 5, "checkpoint_every": 100, "log_every": 5}}
 HELD_OUT = 0.25  # of a site's pairs; one at least
 
@@ -41,8 +42,8 @@ def finetune(request: register.Request, from_scratch: bool = False, progress: Pr
     asked = read_parameters(request.parameter_file, request.overrides, PAIR)
     if from_scratch and pretrained(asked):
         raise UsageError(f"from scratch or from {asked.run.model}?", tip="--from-scratch goes without --model")
-    more = ('run.time="one"', *([f'run.model="{NO_MODEL}"'] if from_scratch else []))
-    request = replace(request, overrides=(*request.overrides, *_settled(asked, PAIR), *more))
+    run = {"time": "one", **({"model": NO_MODEL} if from_scratch else {})}
+    request = replace(request, overrides=merged(request.overrides, _settled(asked, PAIR), {"run": run}))
     return register.register(request, progress, _resolved, _Adapted())
 
 
@@ -65,16 +66,15 @@ def finetune_site(request: train.Request, watch: Watch | None = None, graceful: 
             )
         table = {"train": {**SITE["train"], "validation_share": max(HELD_OUT, 1 / count)}}
         asked = read_parameters(request.parameter_file, request.overrides, table)
-    return train.train(replace(request, overrides=(*request.overrides, *_settled(asked, table))), watch, graceful)
+    return train.train(replace(request, overrides=merged(request.overrides, _settled(asked, table))), watch, graceful)
 
 
-def _settled(asked: Parameters, table: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+def _settled(asked: Parameters, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the parameters that a verb has other defaults of come to, as overrides."""
-    found = ((section, key, getattr(getattr(asked, section), key)) for section, keys in table.items() for key in keys)
-    return tuple(f"{section}.{key}={json.dumps(value)}" for section, key, value in found)
+    return {section: {key: getattr(getattr(asked, section), key) for key in keys} for section, keys in table.items()}
 
 
-def _resolved(parameter_file: Path | None, overrides: tuple[str, ...], ndim: int | None) -> Resolved:
+def _resolved(parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int | None) -> Resolved:
     resolved = resolve(parameter_file, overrides, ndim)
     if resolved.parameters.method is None:
         raise UsageError(

@@ -29,7 +29,7 @@ from regtool.workflows.warp import read_transforms
 LOG_FLOOR = 1e-3  # where space folds there is no logarithm: it is that of this volume ratio
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JacobianResult:
     """statistics, nondiffeomorphic_volume_percent: over the mask; voxels: how many count; labels: statistics and voxels by label, within the mask;
     outputs: the files written.
@@ -85,12 +85,12 @@ def jacobian(
         with atomic(figure) as temporary:
             temporary.write_bytes(jacobian_png(determinant, corners, field.grid, inside))
     return JacobianResult(
-        statistics,
-        nondiffeomorphic_volume_percent(field, inside),
-        field.grid,
-        int(inside.sum()) if inside is not None else field.grid.voxels,
-        regions,
-        tuple(path for path in (output, figure) if path is not None),
+        statistics=statistics,
+        nondiffeomorphic_volume_percent=nondiffeomorphic_volume_percent(field, inside),
+        grid=field.grid,
+        voxels=int(inside.sum()) if inside is not None else field.grid.voxels,
+        labels=regions,
+        outputs=tuple(path for path in (output, figure) if path is not None),
     )
 
 

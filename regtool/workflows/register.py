@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,21 +32,22 @@ from regtool.result.report import report_of
 from regtool.runtime import Clock, computing, gathered_warnings, out_of_memory_explained, pick_device
 
 log = logging.getLogger("regtool")
-Resolver = Callable[[Path | None, tuple[str, ...], int | None], Resolved]
+Resolver = Callable[[Path | None, Mapping[str, Any], int | None], Resolved]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the command line says. fixed, moving: a path, or an image in memory.
 
-    output: the folder to write, or None to write nothing. overrides: `section.key=value`. started: `time.perf_counter()` when the process began.
+    output: the folder to write, or None to write nothing. overrides: `{"section": {"key": value}}`. started: `time.perf_counter()` when the process
+    began.
     """
 
     fixed: Path | Image
     moving: Path | Image
     output: Path | None = None
     parameter_file: Path | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     fixed_mask: Path | None = None
     moving_mask: Path | None = None
     fixed_labels: Path | None = None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from regtool.cohort.bids import export
 
 if TYPE_CHECKING:
+    from regtool.methods.resolve import Resolved
     from regtool.workflows.register import Resolver
 
 from regtool.cohort.tasks import Answer, Task, failed_answer
@@ -35,14 +36,24 @@ def perform(task: Task, resolver: Resolver) -> Answer:
         stamps = pair.stamps()
         file = None if task.parameter_file is None else Path(task.parameter_file)
         paths: dict[str, Any] = {**pair.inputs}
-        request = Request(**paths, output=pair.folder, parameter_file=file, overrides=tuple(task.overrides), fix_header=task.fix_header)
+        request = Request(**paths, output=pair.folder, parameter_file=file, overrides=task.overrides, fix_header=task.fix_header)
         report = register(replace(request, overwrite=True, command=task.command), None, resolver).report
         if task.names:
             report = export(Path(task.cohort), pair, task.names, report)
         pair.finish(report, stamps)
     except Exception as error:
         return failed_answer(task.id, error)
-    return Answer(task.id, report.status, 0 if report.status == "ok" else 4)
+    return Answer(id=task.id, status=report.status, exit_code=0 if report.status == "ok" else 4)
+
+
+def remembered(resolver: Resolver) -> Resolver:
+    """The resolver with its last answers kept: a model is read once for each dimension."""
+
+    @functools.lru_cache(maxsize=4)
+    def of_text(file: Path | None, overrides: str, ndim: int | None) -> Resolved:
+        return resolver(file, json.loads(overrides), ndim)
+
+    return lambda file, overrides, ndim: of_text(file, json.dumps(overrides), ndim)
 
 
 def serve() -> None:
@@ -61,12 +72,13 @@ def serve() -> None:
     from regtool.methods.resolve import resolve
 
     silence_itk()
-    remembered = functools.lru_cache(maxsize=4)(resolve)  # one model, read once for each dimension
+
+    resolver = remembered(resolve)
     while True:
         task = Task(**json.loads(tasks.get()))
         with contextlib.suppress(OSError):  # the largest memory is counted from here, where the system allows it
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        answers.write(json.dumps(asdict(perform(task, remembered))) + "\n")
+        answers.write(json.dumps(asdict(perform(task, resolver))) + "\n")
         answers.flush()
 
 

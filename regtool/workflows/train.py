@@ -7,9 +7,10 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,17 +50,17 @@ log = logging.getLogger("regtool")
 SUPERVISED = {"supervision": {"dice": 1.0, "displacement": 0.1}}  # of synthetic pairs, unless told otherwise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; output: the run folder; overrides: `section.key=value`.
+    """What the command line says. data, validation: PAIRS.csv, IMAGES.csv or a folder; synthetic: instead of data.
 
-    synthetic: instead of data.
+    output: the run folder; overrides: `{"section": {"key": value}}`.
     """
 
     data: Path | None
     output: Path
     parameter_file: Path | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     validation: Path | None = None
     atlas: Path | None = None
     atlas_labels: Path | None = None

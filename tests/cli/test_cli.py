@@ -472,7 +472,7 @@ def test_init_writes_what_check_accepts(method: str, tmp_path: Path, capfd: pyte
     assert answer.code == 0
     assert strict(answer.out)["parameters"]["method"] == method
     engine = parameters_of(method)().model_dump()
-    expected = read_parameters(None, (f"method={method}",)).model_copy(update={"engine": engine})
+    expected = read_parameters(None, {"method": method}).model_copy(update={"engine": engine})
     assert load(file).model_dump_json() == expected.model_dump_json()
     for section, info in Parameters.model_fields.items():
         assert info.annotation is not None

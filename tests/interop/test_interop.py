@@ -145,8 +145,8 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_what_register_writes_for_real_images(tmp_path: Path, name: str) -> None:
     fixed, moving = (DATA / p for p in REAL[name])
-    quick = ("oneshot.iterations=5", "grid.max_voxels=30000", "run.outside=0", "run.qc=false", "guard.max_folding_percent=100")
-    register(Request(fixed, moving, tmp_path / "out", overrides=quick))
+    quick = {"oneshot": {"iterations": 5}, "grid": {"max_voxels": 30000}, "run": {"outside": 0, "qc": False}, "guard": {"max_folding_percent": 100}}
+    register(Request(fixed=fixed, moving=moving, output=tmp_path / "out", overrides=quick))
     for path, plain in ((fixed, "fixed.nii.gz"), (moving, "moving.nii.gz")):  # as regtool reads them: one channel, DICOM as a file
         write_image(read_image(path), tmp_path / plain)
     warped = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "warped.nii.gz")))

@@ -29,11 +29,11 @@ def listed(folder: Path, text: str | bytes, name: str = "list.csv") -> Path:
 
 
 def images(n: int) -> AllPairs:
-    return AllPairs(tuple(Entry(f"i{k}", Path(f"i{k}.nii")) for k in range(n)))
+    return AllPairs(tuple(Entry(id=f"i{k}", image=Path(f"i{k}.nii")) for k in range(n)))
 
 
 def pairs_of(*edges: tuple[str, str]) -> Pairs:
-    return tuple(Pair(f"p{k}", Entry(f, Path(f)), Entry(m, Path(m))) for k, (f, m) in enumerate(edges))
+    return tuple(Pair(f"p{k}", Entry(id=f, image=Path(f)), Entry(id=m, image=Path(m))) for k, (f, m) in enumerate(edges))
 
 
 def ids(pairs: Pairs) -> set[str]:
@@ -48,7 +48,7 @@ def test_a_whole_row(tmp_path: Path) -> None:
     touched(tmp_path, *names)
     (pair,) = read_list(listed(tmp_path, FULL + "one," + ",".join(names) + "\n"))
     f, m, fl, ml, fp, mp, fm, mm = (tmp_path / name for name in names)
-    assert pair == Pair("one", Entry("f", f, fl, fp, fm), Entry("m", m, ml, mp, mm))
+    assert pair == Pair("one", Entry(id="f", image=f, labels=fl, landmarks=fp, mask=fm), Entry(id="m", image=m, labels=ml, landmarks=mp, mask=mm))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_image_to_an_atlas(tmp_path: Path) -> None:
     touched(tmp_path, "a.nii", "b.nii", "bl.nii", "mean.nii.gz", "meanl.nii")
     source = listed(tmp_path, "id,image,labels\nx,a.nii,\ny,b.nii,bl.nii\n")
     pairs = read_list(source, tmp_path / "mean.nii.gz", tmp_path / "meanl.nii")
-    atlas = Entry("mean", tmp_path / "mean.nii.gz", tmp_path / "meanl.nii")
+    atlas = Entry(id="mean", image=tmp_path / "mean.nii.gz", labels=tmp_path / "meanl.nii")
     assert [(pair.id, pair.fixed, pair.moving.id) for pair in pairs] == [("x_to_mean", atlas, "x"), ("y_to_mean", atlas, "y")]
     (own,) = read_list(source, tmp_path / "sub" / ".." / "b.nii")
     assert own.id == "x_to_y" and own.fixed.labels == tmp_path / "bl.nii"

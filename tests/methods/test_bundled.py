@@ -8,12 +8,14 @@ import json
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from regtool.config.schema import Parameters
+from regtool.config.toml import merged
 from regtool.errors import ModelError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
@@ -28,8 +30,8 @@ from regtool.workflows.models import changed_parameters, list_models
 from regtool.workflows.models import info as card_of
 from regtool.workflows.register import Request, register
 
-SMALL = ("method=pyramid", "engine.channels=[4,6]", "engine.hidden=[4,6]", "engine.integration_steps=4", "grid.max_voxels=400")
-QUICK = ("refine.iterations=0", "align.method=none", "oneshot.iterations=2", "run.qc=false", "metric.name=mse")
+SMALL = {"method": "pyramid", "engine": {"channels": [4, 6], "hidden": [4, 6], "integration_steps": 4}, "grid": {"max_voxels": 400}}
+QUICK = {"refine": {"iterations": 0}, "align": {"method": "none"}, "oneshot": {"iterations": 2}, "run": {"qc": False}, "metric": {"name": "mse"}}
 
 
 @pytest.fixture
@@ -58,38 +60,38 @@ def blob(ndim: int, shift: float, n: int = 32) -> Image:
 
 
 def test_a_method_uses_its_own_weights(weights: Path, ndim: int) -> None:
-    found = resolve(None, ("method=pyramid",), ndim)
+    found = resolve(None, {"method": "pyramid"}, ndim)
     assert found.engine is not None
     assert found.model == weights / f"pyramid_{ndim}d.safetensors"
     assert found.parameters.run.model == f"pyramid_{ndim}d"  # a name, so that the resolved parameters are good on another machine
     assert found.parameters.grid.max_voxels == 400
-    again = resolve(None, ("method=pyramid", f'run.model="{found.parameters.run.model}"'), ndim)
+    again = resolve(None, {"method": "pyramid", "run": {"model": str(found.parameters.run.model)}}, ndim)
     assert again.parameters == found.parameters
-    assert resolve(None, ("method=pyramid",), None).engine is None
-    assert resolve(None, ("method=voxelmorph",), ndim).engine is None
+    assert resolve(None, {"method": "pyramid"}, None).engine is None
+    assert resolve(None, {"method": "voxelmorph"}, ndim).engine is None
 
 
-@pytest.mark.parametrize("more", [('run.model="none"',), ("engine.channels=[4,8]", "engine.hidden=[4,6]")], ids=["none", "another engine"])
-def test_learning_on_the_pair_instead(weights: Path, caplog: pytest.LogCaptureFixture, more: tuple[str, ...]) -> None:
-    found = resolve(None, ("method=pyramid", *more), 2)
+@pytest.mark.parametrize("more", [{"run": {"model": "none"}}, {"engine": {"channels": [4, 8], "hidden": [4, 6]}}], ids=["none", "another engine"])
+def test_learning_on_the_pair_instead(weights: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any]) -> None:
+    found = resolve(None, merged({"method": "pyramid"}, more), 2)
     assert found.engine is None
     assert found.card is None
     assert found.parameters.run.model == "none"
-    assert ("learns on the pair" in caplog.text) == ("engine" in more[0])
+    assert ("learns on the pair" in caplog.text) == ("engine" in more)
 
 
 def test_left_out_means_the_default_method(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolving, "DEFAULT_METHOD", None)
-    assert resolve(None, (), 2).parameters.method is None
+    assert resolve(None, {}, 2).parameters.method is None
     monkeypatch.setattr(resolving, "DEFAULT_METHOD", "pyramid")
-    assert resolve(None, (), 2).parameters.method == "pyramid"
-    assert resolve(None, ('run.model="none"',), 2).parameters.method is None
+    assert resolve(None, {}, 2).parameters.method == "pyramid"
+    assert resolve(None, {"run": {"model": "none"}}, 2).parameters.method is None
     monkeypatch.setattr(resolving, "DEFAULT_METHOD", "dirnet")
-    assert resolve(None, (), 2).parameters.method is None  # it has no weights
+    assert resolve(None, {}, 2).parameters.method is None  # it has no weights
 
 
 def test_a_size_replaces_the_models_grid(weights: Path) -> None:
-    grid = resolve(None, ("method=pyramid", "grid.size=[16,20]"), 2).parameters.grid
+    grid = resolve(None, {"method": "pyramid", "grid": {"size": [16, 20]}}, 2).parameters.grid
     assert grid.size == (16, 20)
     assert grid.max_voxels is None
 
@@ -114,7 +116,7 @@ def test_a_changed_file_is_refused(weights: Path, how: str) -> None:
     else:
         path.write_bytes(path.read_bytes().replace(b"tests", b"costs"))
     with pytest.raises(ModelError, match=r"pyramid_2d\.safetensors is not the model that came with regtool"):
-        resolve(None, ("method=pyramid",), 2)
+        resolve(None, {"method": "pyramid"}, 2)
     shutil.move(path, weights.parent / "m.safetensors")
     assert load_model(weights.parent / "m.safetensors")  # anywhere else it is a model like others
 
@@ -155,11 +157,11 @@ def test_passes_are_composed_while_they_help(
     engine = Halfway(wrong)
 
     def stands_in(*_: object) -> resolving.Resolved:
-        parameters = read_parameters(None, (*SMALL, *QUICK, f"run.passes={passes}", "grid.max_voxels=1000000"))
+        parameters = read_parameters(None, merged(SMALL, QUICK, {"run": {"passes": passes}, "grid": {"max_voxels": 1000000}}))
         assert isinstance(parameters, Parameters)
-        return resolving.Resolved(parameters, None, engine)  # type: ignore[arg-type]
+        return resolving.Resolved(parameters=parameters, engine_parameters=None, engine=engine)  # type: ignore[arg-type]
 
-    result = register(Request(blob(ndim, 0.0), blob(ndim, 4.0)), resolver=stands_in)
+    result = register(Request(fixed=blob(ndim, 0.0), moving=blob(ndim, 4.0)), resolver=stands_in)
     inner = (slice(None), *[slice(10, 22)] * ndim)
     found = result.displacements[0].data[inner].numpy()
     assert np.abs(found[0] - expected).max() < 0.1
@@ -172,13 +174,13 @@ def test_passes_are_composed_while_they_help(
 
 def test_register_says_which_weights(weights: Path, ndim: int) -> None:
     pair = blob(ndim, 0.0), blob(ndim, 2.0)
-    report = register(Request(*pair, overrides=("method=pyramid", *QUICK))).report
-    assert report["model"] == {
+    report = register(Request(fixed=pair[0], moving=pair[1], overrides=merged({"method": "pyramid"}, QUICK))).report
+    assert report["model"].model_dump() == {
         "name": f"pyramid_{ndim}d",
         "sha256": hashlib.sha256((weights / f"pyramid_{ndim}d.safetensors").read_bytes()).hexdigest(),
     }
     assert np.prod(report["grids"]["network"]["size"]) <= 400
-    learned = register(Request(*pair, overrides=("method=pyramid", 'run.model="none"', *QUICK))).report
+    learned = register(Request(fixed=pair[0], moving=pair[1], overrides=merged({"method": "pyramid", "run": {"model": "none"}}, QUICK))).report
     assert learned["model"] == {"name": "learned on this pair", "sha256": None}
 
 
@@ -205,7 +207,7 @@ def example(name: str) -> ModuleType:
 
 def test_the_card_of_a_training_that_went_on_says_how(tmp_path: Path) -> None:
     recipe = Path(__file__).resolve().parents[2] / "parameter_files" / "pyramid_synthetic_2d.toml"
-    own = read_parameters(recipe, ("train.steps=7", "synthesis.amplitude=0.3", "synthesis.size=[24,16]", "run.seed=12", "run.threads=1"))
+    own = read_parameters(recipe, {"train": {"steps": 7}, "synthesis": {"amplitude": 0.3, "size": [24, 16]}, "run": {"seed": 12, "threads": 1}})
     went_on = {"steps": 7, "device": "cpu", "parent": {"name": "before", "sha256": "0"}}
     save_model(tmp_path / "model.safetensors", build(own, 2), own, name="run", training=went_on)
     command = example("bundle_weights").card_of(tmp_path, {})["training"]["command"]
@@ -224,7 +226,7 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     script = example("bundle_weights")
     run, folder, results = tmp_path / "run", tmp_path / "weights", tmp_path / "results.json"
     run.mkdir()
-    parameters = read_parameters(None, (*SMALL, f"synthesis.size={[24] * ndim}"))
+    parameters = read_parameters(None, merged(SMALL, {"synthesis": {"size": [24] * ndim}}))
     save_model(run / "model.safetensors", build(parameters, ndim), parameters, name="run", training={"steps": 7, "device": "cpu"})
     row = {"set": "hearts", "method": "pyramid", "dimension": ndim, "measure": "Dice", "pairs": 3, "before": 0.5}
     rows = {"a": {**row, "refined": False, "after": 0.6}, "b": {**row, "refined": True, "after": 0.7}, "c": {**row, "method": "unet"}}
@@ -240,7 +242,7 @@ def test_the_script_that_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert card["citation"] == citation_of("pyramid")
     assert "half precision" in card["training"]["stored"]
     assert card["parameters"]["grid"]["max_voxels"] == {2: 65_536, 3: 300_000}[ndim]
-    assert resolve(None, ("method=pyramid",), ndim).model == path
+    assert resolve(None, {"method": "pyramid"}, ndim).model == path
     results.write_text(json.dumps({"a": {**row, "refined": False, "after": 0.8}, "b": {**row, "set": "slices", "refined": True, "after": 0.9}}))
     before = read_tensors(path)
     monkeypatch.setattr("sys.argv", ["bundle_weights.py", "--results", str(results), "--folder", str(folder)])
@@ -264,7 +266,7 @@ def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) 
 
 def test_weights_for_slices_become_weights_for_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a volume alike along one axis, the plane across it sees what the network for slices sees; a component is the mean of its two planes."""
-    settings = ("method=dirnet", "engine.variant=c1", "engine.downsamplings=2", "engine.kernels=8", "engine.norm=group")
+    settings = {"method": "dirnet", "engine": {"variant": "c1", "downsamplings": 2, "kernels": 8, "norm": "group"}}
     flat_parameters = read_parameters(None, settings)
     torch.manual_seed(0)
     flat = build(flat_parameters, 2)

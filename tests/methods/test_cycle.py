@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from scipy.ndimage import map_coordinates
 
 from regtool import methods as engines
+from regtool.config.toml import merged
 from regtool.geometry.sampling import warp_voxels
 from regtool.methods import cycle, load
 from regtool.methods.model_file import load_model, save_model
@@ -24,10 +26,10 @@ from tests.conftest import blobs
 Cycle = load("cycle")
 
 
-def made(ndim: int, *settings: str, stir: float = 0.03, seed: int = 0) -> Cycle:
+def made(ndim: int, *settings: dict[str, Any], stir: float = 0.03, seed: int = 0) -> Cycle:
     """An engine whose weights are stirred so that it moves things by about a voxel."""
     torch.manual_seed(seed)
-    engine = engines.build(engines.read_parameters(None, ("method=cycle", *settings)), ndim)
+    engine = engines.build(engines.read_parameters(None, merged({"method": "cycle"}, *settings)), ndim)
     assert isinstance(engine, Cycle)
     with torch.no_grad():
         for p in engine.parameters():
@@ -53,7 +55,10 @@ def as_image(array: np.ndarray) -> torch.Tensor:
 
 def test_terms_are_those_of_the_paper(ndim: int) -> None:
     engine, batch = (
-        made(ndim, "regularization.diffusion=0.7", "engine.cycle_weight=0.3", "engine.identity_weight=0.4", "training_similarity.window=5"),
+        made(
+            ndim,
+            {"regularization": {"diffusion": 0.7}, "engine": {"cycle_weight": 0.3, "identity_weight": 0.4}, "training_similarity": {"window": 5}},
+        ),
         pair(ndim),
     )
     assert engine.reverse is not None
@@ -78,7 +83,7 @@ def test_terms_are_those_of_the_paper(ndim: int) -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    parameters = engines.read_parameters(None, ("method=cycle",))
+    parameters = engines.read_parameters(None, {"method": "cycle"})
     settings = engines.engine_section(parameters)
     assert settings is not None
     assert settings.model_dump() == {
@@ -92,7 +97,7 @@ def gradients(engine: Cycle, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_gradient_runs_through_both_passes_and_both_warps(ndim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, batch = made(ndim, "engine.cycle_weight=1"), pair(ndim)
+    engine, batch = made(ndim, {"engine": {"cycle_weight": 1}}), pair(ndim)
     engine.double()
     batch = Batch(batch.fixed.double(), batch.moving.double())
     whole = gradients(engine, engine.losses(batch, "registration")["cycle"])
@@ -129,7 +134,7 @@ def _position(engine: Cycle, parameter: torch.Tensor) -> int:
 
 def test_identity_of_a_still_network(ndim: int) -> None:
     batch = pair(ndim)
-    engine = made(ndim, "training_similarity.weight=2", stir=0.0)
+    engine = made(ndim, {"training_similarity": {"weight": 2}}, stir=0.0)
     with torch.no_grad():
         engine.network.head.weight.zero_()
         assert engine.reverse is not None
@@ -137,8 +142,8 @@ def test_identity_of_a_still_network(ndim: int) -> None:
         identity = float(engine.losses(batch, "registration")["identity"])
         assert identity == pytest.approx(-0.5 * 2 * float(lncc(batch.moving, batch.moving) + lncc(batch.fixed, batch.fixed)), abs=1e-5)
         assert float(engine.losses(batch, "registration")["cycle"]) == pytest.approx(0, abs=1e-6)
-        moved = made(ndim, "training_similarity.name=mse")
-        still = made(ndim, "training_similarity.name=mse", stir=0.0)
+        moved = made(ndim, {"training_similarity": {"name": "mse"}})
+        still = made(ndim, {"training_similarity": {"name": "mse"}}, stir=0.0)
         assert float(still.losses(batch, "registration")["identity"]) == pytest.approx(0, abs=1e-7)
         assert float(moved.losses(batch, "registration")["identity"]) > 1e-4
         a, u = batch.moving, moved.network.displacement(batch.moving, batch.moving)
@@ -148,30 +153,30 @@ def test_identity_of_a_still_network(ndim: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "ab", "ba"),
     [
-        ((), 3, 3),
-        (("engine.cycle_weight=0",), 2, 2),
-        (("engine.identity_weight=0",), 2, 2),
-        (("engine.cycle_weight=0", "engine.identity_weight=0"), 1, 1),
-        (("engine.cycle=map",), 2, 2),
-        (("engine.shared=true",), 6, 0),
+        ({}, 3, 3),
+        ({"engine": {"cycle_weight": 0}}, 2, 2),
+        ({"engine": {"identity_weight": 0}}, 2, 2),
+        ({"engine": {"cycle_weight": 0, "identity_weight": 0}}, 1, 1),
+        ({"engine": {"cycle": "map"}}, 2, 2),
+        ({"engine": {"shared": True}}, 6, 0),
     ],
     ids=str,
 )
-def test_what_is_left_out_is_not_computed(settings: tuple[str, ...], ab: int, ba: int) -> None:
-    engine, batch = made(2, *settings), pair(2)
+def test_what_is_left_out_is_not_computed(settings: dict[str, Any], ab: int, ba: int) -> None:
+    engine, batch = made(2, settings), pair(2)
     counts = {"ab": 0, "ba": 0}
     for name, network in (("ab", engine.network), ("ba", engine.reverse)):
         if network is not None:
             network.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     terms = engine.losses(batch, "registration")
     assert counts == {"ab": ab, "ba": ba}
-    assert ("cycle" in terms) == ("engine.cycle_weight=0" not in settings)
-    assert ("identity" in terms) == ("engine.identity_weight=0" not in settings)
+    assert ("cycle" in terms) == ("cycle_weight" not in settings.get("engine", {}))
+    assert ("identity" in terms) == ("identity_weight" not in settings.get("engine", {}))
     assert engine.forward_passes_kept >= ab + ba
 
 
 def test_one_network_is_kept(ndim: int, tmp_path: Path) -> None:
-    parameters, engine, batch = engines.read_parameters(None, ("method=cycle",)), made(ndim), pair(ndim)
+    parameters, engine, batch = engines.read_parameters(None, {"method": "cycle"}), made(ndim), pair(ndim)
     path = tmp_path / "model.safetensors"
     save_model(path, engine, parameters, name="test", training={})
     assert engine.reverse is not None  # the one that goes on learning still has both
@@ -179,14 +184,14 @@ def test_one_network_is_kept(ndim: int, tmp_path: Path) -> None:
     assert sum(p.numel() for p in loaded.parameters()) * 2 == sum(p.numel() for p in engine.parameters())
     with torch.inference_mode():
         assert torch.equal(loaded.displacement(batch.fixed, batch.moving), engine.displacement(batch.fixed, batch.moving))
-    shared = made(ndim, "engine.shared=true", stir=0.0)
+    shared = made(ndim, {"engine": {"shared": True}}, stir=0.0)
     shared.load_state_dict(loaded.state_dict())
     again, expected = (e.losses(batch, "registration") for e in (loaded, shared))  # learning goes on with the one network both ways
     assert {n: float(t.detach()) for n, t in again.items()} == {n: float(t.detach()) for n, t in expected.items()}
 
 
 def test_shared_network_takes_the_images_swapped(ndim: int) -> None:
-    engine, batch = made(ndim, "engine.shared=true"), pair(ndim)
+    engine, batch = made(ndim, {"engine": {"shared": True}}), pair(ndim)
     with torch.no_grad():
         terms, swapped = engine.losses(batch, "registration"), engine.losses(batch.swapped(), "registration")
     assert float(terms["forward_lncc"]) == pytest.approx(float(swapped["backward_lncc"]))
@@ -212,12 +217,12 @@ def test_gradient_of_the_composed_map(ndim: int) -> None:
 
 @pytest.mark.parametrize("cycle", ["map", "gradicon"])
 def test_every_network_learns_from_themap_cycle(cycle: str, ndim: int) -> None:
-    engine, batch = made(ndim, f"engine.cycle={cycle}"), pair(ndim)
+    engine, batch = made(ndim, {"engine": {"cycle": cycle}}), pair(ndim)
     assert all(bool(g.any()) for g in gradients(engine, engine.losses(batch, "registration")["cycle"]))
 
 
 def test_first_weights_of_the_paper(ndim: int) -> None:
-    engine = made(ndim, "engine.init=paper", stir=0.0)
+    engine = made(ndim, {"engine": {"init": "paper"}}, stir=0.0)
     convs = [m for m in engine.modules() if isinstance(m, SameConv)]
     assert len(convs) == 2 * 11
     assert all(0 < float(c.weight.detach().abs().max()) < 1e-4 for c in convs)
@@ -226,7 +231,7 @@ def test_first_weights_of_the_paper(ndim: int) -> None:
 
 def test_the_papers_first_weights_can_learn() -> None:
     """A common shift at first, through the last bias; with biases of zero too nothing would ever move."""
-    engine, batch = made(2, "engine.init=paper", "engine.identity_weight=0", "engine.cycle_weight=0", stir=0.0), pair(2)
+    engine, batch = made(2, {"engine": {"init": "paper", "identity_weight": 0, "cycle_weight": 0}}, stir=0.0), pair(2)
     optimiser, history = torch.optim.Adam(engine.parameters(), lr=1e-2), []
     for _ in range(30):
         optimiser.zero_grad()
@@ -238,11 +243,11 @@ def test_the_papers_first_weights_can_learn() -> None:
 
 
 def test_both_ways_are_learned_from_labels_and_masks() -> None:
-    batch, engine = pair(2), made(2, "supervision.dice=1")
+    batch, engine = pair(2), made(2, {"supervision": {"dice": 1}})
     labels = [(image > 0.5).long() for image in (batch.fixed, batch.moving)]
     mask = F.pad(torch.ones(1, 1, 16, 8), (0, 4))
     with torch.no_grad():
-        terms = engine.losses(Batch(batch.fixed, batch.moving, mask, None, *labels), "registration")
+        terms = engine.losses(Batch(batch.fixed, batch.moving, fixed_mask=mask, fixed_labels=labels[0], moving_labels=labels[1]), "registration")
         u = engine.displacement(batch.fixed, batch.moving)
     assert {"forward_dice", "backward_dice"} <= terms.keys()
     assert float(terms["forward_lncc"]) == pytest.approx(-float(lncc(batch.fixed, warp_voxels(batch.moving, u), mask)), abs=1e-6)

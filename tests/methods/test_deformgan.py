@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from regtool import methods as engines
+from regtool.config.toml import merged
 from regtool.geometry.sampling import warp_voxels
 from regtool.methods import load
 from regtool.methods.adversary import PATIENCE, Monitor
@@ -25,12 +27,12 @@ from tests.conftest import blobs
 DeformGAN = load("deformgan")
 
 FILES = [f for f in sorted((Path(__file__).resolve().parents[2] / "parameter_files").glob("deformgan_*.toml")) if "_synthetic_" not in f.stem]
-SMALL = "engine.channels=[4, 8, 8]"
+SMALL = {"engine": {"channels": [4, 8, 8]}}
 
 
-def made(ndim: int, *settings: str, seed: int = 0) -> DeformGAN:
+def made(ndim: int, *settings: dict[str, Any], seed: int = 0) -> DeformGAN:
     torch.manual_seed(seed)
-    engine = engines.build(engines.read_parameters(None, ("method=deformgan", SMALL, *settings)), ndim)
+    engine = engines.build(engines.read_parameters(None, merged({"method": "deformgan"}, SMALL, *settings)), ndim)
     assert isinstance(engine, DeformGAN)
     return engine.train()
 
@@ -59,7 +61,7 @@ def changed(engine: Engine, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def test_sizes_are_the_released_ones() -> None:
-    engine = engines.build(engines.read_parameters(None, ("method=deformgan",)), 3)
+    engine = engines.build(engines.read_parameters(None, {"method": "deformgan"}), 3)
     assert isinstance(engine, DeformGAN) and engine.adversary is not None
     assert count(engine.network) == 5_646_627  # T 5.65 M
     assert count(engine.adversary.generator) == 5_644_913  # G 5.64 M
@@ -99,9 +101,9 @@ def test_plain_unet_layer_by_layer(ndim: int) -> None:
     assert torch.allclose(net(x), conv(up, net.head.weight, net.head.bias), atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [(), ("engine.spectral_norm=true",), ("engine.variant=1", "train.batch_size=1")], ids=str)
-def test_each_phase_changes_only_its_own_network(ndim: int, options: tuple[str, ...]) -> None:
-    engine, batch = made(ndim, *options), pair(ndim, n=1)
+@pytest.mark.parametrize("options", [{}, {"engine": {"spectral_norm": True}}, {"engine": {"variant": 1}, "train": {"batch_size": 1}}], ids=str)
+def test_each_phase_changes_only_its_own_network(ndim: int, options: dict[str, Any]) -> None:
+    engine, batch = made(ndim, options), pair(ndim, n=1)
     for phase, own in (("discriminator", {"discriminator", "monitor"}), ("generator", {"generator"}), ("registration", {"network", "monitor"})):
         before = state(engine)
         engine.zero_grad(set_to_none=True)
@@ -139,16 +141,16 @@ def test_the_gradient_of_t_passes_through_g(ndim: int) -> None:
 
 
 def test_only_variant_2_constrains_the_gradients_of_g(ndim: int) -> None:
-    terms = {v: made(ndim, f"engine.variant={v}").losses(pair(ndim), "generator") for v in (1, 2)}
+    terms = {v: made(ndim, {"engine": {"variant": v}}).losses(pair(ndim), "generator") for v in (1, 2)}
     assert set(terms[2]) - set(terms[1]) == {"local_gradients"}
     assert all(torch.equal(terms[1][name], terms[2][name]) for name in terms[1])
     assert -5 <= float(terms[2]["local_gradients"].detach()) < 0
-    half = made(ndim, "engine.mu=2.5").losses(pair(ndim), "generator")["local_gradients"]
+    half = made(ndim, {"engine": {"mu": 2.5}}).losses(pair(ndim), "generator")["local_gradients"]
     assert float(half.detach()) == pytest.approx(float(terms[2]["local_gradients"].detach()) / 2, rel=1e-5)
 
 
 def test_terms_are_those_of_the_paper(ndim: int) -> None:
-    engine, batch = made(ndim, "preprocess.top=2.0"), pair(ndim)
+    engine, batch = made(ndim, {"preprocess": {"top": 2.0}}), pair(ndim)
     assert engine.adversary is not None
     fixed, warped = batch.fixed - 1, warp_voxels(batch.moving, engine.displacement(batch.fixed, batch.moving)).detach() - 1
     with torch.no_grad():
@@ -180,7 +182,7 @@ def test_a_mask_counts_for_g_too(ndim: int) -> None:
 
 
 def test_warm_up(ndim: int) -> None:
-    engine, batch = made(ndim, "engine.warmup_steps=4"), pair(ndim)
+    engine, batch = made(ndim, {"engine": {"warmup_steps": 4}}), pair(ndim)
     optimisers = {phase: torch.optim.Adam(engine.trainable(phase), lr=1e-3) for phase in engine.phases}
     names: list[list[str]] = []
     moved, translated = [], []
@@ -282,7 +284,7 @@ def test_t_alone_is_left_and_still_learns(ndim: int) -> None:
 
 def test_the_same_seed_gives_the_same_training(ndim: int) -> None:
     def run() -> list[float]:
-        engine, batch, out = made(ndim, "engine.spectral_norm=true"), pair(ndim), []
+        engine, batch, out = made(ndim, {"engine": {"spectral_norm": True}}), pair(ndim), []
         optimisers = {phase: torch.optim.Adam(engine.trainable(phase), lr=1e-3) for phase in engine.phases}
         for _ in range(3):
             for phase in engine.phases:

@@ -12,6 +12,7 @@ from scipy.ndimage import correlate
 from torch import nn
 
 from regtool import methods as engines
+from regtool.config.toml import merged
 from regtool.deformation.bspline import bspline
 from regtool.errors import ParameterError
 from regtool.geometry.jacobian import min_one_sided_jacobian
@@ -26,7 +27,7 @@ FITTING = [(v, n) for v, n in itertools.product(VARIANTS, (2, 3)) if (v, n) != (
 
 def made(ndim: int, size: tuple[int, ...] | None = None, wild: float = 0.0, **settings: Any) -> DIRNet:
     """In prediction mode; `wild`: how far its weights and running averages are from fresh ones."""
-    parameters = engines.read_parameters(None, ("method=dirnet", *([f"grid.size={list(size)}"] if size else [])))
+    parameters = engines.read_parameters(None, merged({"method": "dirnet"}, {"grid": {"size": list(size)}} if size else []))
     torch.manual_seed(0)
     engine = engines.build(parameters.model_copy(update={"engine": settings}), ndim)
     assert isinstance(engine, DIRNet)
@@ -51,7 +52,7 @@ def test_size_is_the_published_one() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    parameters = engines.read_parameters(None, ("method=dirnet",))
+    parameters = engines.read_parameters(None, {"method": "dirnet"})
     assert parameters.training_similarity.name == "ncc"
     assert not any(weight for _, weight in parameters.regularization)
     assert (parameters.train.batch_size, parameters.train.steps) == (32, 10_000)

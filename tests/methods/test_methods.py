@@ -13,6 +13,7 @@ import torch
 from regtool import methods as engines
 from regtool.config import choices
 from regtool.config.schema import Parameters
+from regtool.config.toml import merged
 from regtool.deformation.velocity import velocity
 from regtool.errors import ModelError, ParameterError, UsageError
 from regtool.geometry.sampling import warp_voxels
@@ -23,9 +24,9 @@ from regtool.preprocessing.batch import Batch
 from regtool.similarity.lncc import lncc
 from tests.conftest import blobs
 
-SMALL = {"deformgan": ("engine.channels=[8,16,32]",)}  # of millions of weights, fewer
-METHODS = [(name, engines.read_parameters(None, (f"method={name}", *SMALL.get(name, ())))) for name in engines.names()]
-METHODS.append(("voxelmorph, velocity", engines.read_parameters(None, ("method=voxelmorph", "engine.integration_steps=5"))))
+SMALL = {"deformgan": {"engine": {"channels": [8, 16, 32]}}}  # of millions of weights, fewer
+METHODS = [(name, engines.read_parameters(None, merged({"method": name}, SMALL.get(name, {})))) for name in engines.names()]
+METHODS.append(("voxelmorph, velocity", engines.read_parameters(None, {"method": "voxelmorph", "engine": {"integration_steps": 5}})))
 
 
 @pytest.fixture(params=METHODS, ids=[m[0] for m in METHODS])
@@ -194,7 +195,7 @@ def test_masked_similarity(ndim: int) -> None:
     engine, batch = made(Parameters(method="voxelmorph"), ndim), pair(ndim)
     mask = torch.zeros_like(batch.fixed)
     mask[..., : mask.shape[-1] // 2] = 1
-    terms = engine.losses(Batch(batch.fixed, batch.moving, mask), "registration")
+    terms = engine.losses(Batch(batch.fixed, batch.moving, fixed_mask=mask), "registration")
     u = engine.displacement(batch.fixed, batch.moving)
     assert float(terms["lncc"].detach()) == pytest.approx(-float(lncc(batch.fixed, warp_voxels(batch.moving, u), mask).detach()), abs=1e-6)
 

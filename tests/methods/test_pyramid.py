@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from regtool import methods as engines
+from regtool.config.toml import merged
 from regtool.errors import ParameterError
 from regtool.geometry.jacobian import min_one_sided_jacobian
 from regtool.geometry.sampling import warp_voxels
@@ -21,14 +23,14 @@ from tests.conftest import blobs
 
 Pyramid = load("pyramid")
 
-SMALL = ("engine.channels=[4,6,8]", "engine.hidden=[4,6,8]")
+SMALL = {"engine": {"channels": [4, 6, 8], "hidden": [4, 6, 8]}}
 SHAPES = [(28, 28), (17, 40), (1, 30), (96, 64), (17, 40, 5), (40, 1, 24), (1, 1, 9), (1, 1), (16, 16, 16)]
 
 
-def made(ndim: int, *settings: str, stir: float = 0.0, seed: int = 0, channels: int = 1) -> Pyramid:
+def made(ndim: int, *settings: dict[str, Any], stir: float = 0.0, seed: int = 0, channels: int = 1) -> Pyramid:
     """An engine whose last weights are stirred so that it moves things, smoothly: at fine levels by less."""
     torch.manual_seed(seed)
-    engine = engines.build(engines.read_parameters(None, ("method=pyramid", *settings)), ndim, channels)
+    engine = engines.build(engines.read_parameters(None, merged({"method": "pyramid"}, *settings)), ndim, channels)
     assert isinstance(engine, Pyramid)
     with torch.no_grad():
         for k, update in enumerate(engine.network.decoder):
@@ -83,10 +85,12 @@ def test_exchanging_the_images_changes_the_sign_of_the_velocity(ndim: int) -> No
     assert float((there + back).abs().max()) < 1e-5 * float(there.abs().max())
 
 
-@pytest.mark.parametrize(("looks", "settings"), [(0, ()), (1, ()), (3, ()), (2, ("engine.halve_from=1920",)), (2, ("engine.point_reflection=true",))])
-def test_the_other_way_round_is_the_inverse(ndim: int, looks: int, settings: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("looks", "settings"), [(0, {}), (1, {}), (3, {}), (2, {"engine": {"halve_from": 1920}}), (2, {"engine": {"point_reflection": True}})]
+)
+def test_the_other_way_round_is_the_inverse(ndim: int, looks: int, settings: dict[str, Any]) -> None:
     """By scipy: x + u(x), then from there, is x again."""
-    engine, (fixed, moving) = made(ndim, *settings, stir=0.3), pair((48, 40, 32)[:ndim])
+    engine, (fixed, moving) = made(ndim, settings, stir=0.3), pair((48, 40, 32)[:ndim])
 
     def found(*images: torch.Tensor) -> torch.Tensor:
         return list(engine.passes(*images, looks))[-1] if looks else engine.displacement(*images)
@@ -115,7 +119,7 @@ def test_the_first_look_is_the_displacement_and_equal_images_stay(ndim: int) -> 
 
 def test_the_first_look_at_a_large_image_is_at_half_its_resolution(ndim: int) -> None:
     size = (33, 40, 24)[:ndim]
-    engine, seen = made(ndim, f"engine.halve_from={np.prod(size)}", stir=0.3), []
+    engine, seen = made(ndim, {"engine": {"halve_from": np.prod(size)}}, stir=0.3), []
     engine.network.register_forward_pre_hook(lambda _, images: seen.append(tuple(images[0].shape[2:])))
     with torch.inference_mode():
         for shape in (size, (32, *size[1:])):
@@ -135,7 +139,7 @@ def test_the_first_look_at_a_large_image_is_at_half_its_resolution(ndim: int) ->
 def test_turned_looks_see_the_pair_from_both_ends(ndim: int, shape: tuple[int, ...]) -> None:
     """Point-reflecting the images point-reflects the field; the mean of the network's own two answers, voxel by voxel."""
     shape = shape[:ndim]
-    engine, (fixed, moving) = made(ndim, "engine.point_reflection=true", stir=0.3), pair(shape)
+    engine, (fixed, moving) = made(ndim, {"engine": {"point_reflection": True}}, stir=0.3), pair(shape)
     axes = list(range(2, 2 + ndim))
     with torch.inference_mode():
         rate = engine._rate(fixed, moving)
@@ -217,7 +221,7 @@ def test_gradient_of_the_comparison(ndim: int) -> None:
 
 def test_gradient_of_the_whole_network(ndim: int) -> None:
     """Against central differences along a random direction of all weights."""
-    engine = made(ndim, *SMALL, stir=0.3).double()
+    engine = made(ndim, SMALL, stir=0.3).double()
     fixed, moving = (x.double() for x in pair((10, 8, 6)[:ndim]))
     weights = list(engine.parameters())
     towards = [torch.randn_like(p) for p in weights]
@@ -246,7 +250,7 @@ def test_halving_repeats_the_last_voxel_of_an_odd_axis(ndim: int) -> None:
 def test_learns_a_shift_from_a_few_pairs(ndim: int) -> None:
     """Three voxels, seen in pairs of one place and asked for in another place."""
     shape = (24, 24, 16)[:ndim]
-    engine = made(ndim, *SMALL, "training_similarity.name=mse", "regularization.diffusion=0.01").train()
+    engine = made(ndim, SMALL, {"training_similarity": {"name": "mse"}, "regularization": {"diffusion": 0.01}}).train()
 
     def blob_pair(middle: float) -> Batch:
         fixed, moving = (torch.from_numpy(blobs(shape, (middle + shift, *[n / 2 for n in shape[1:]]), 5.0))[None, None] for shift in (0.0, 3.0))
@@ -267,7 +271,7 @@ def test_learns_a_shift_from_a_few_pairs(ndim: int) -> None:
 
 def test_supervision_alone(ndim: int) -> None:
     """A factor of zero leaves the similarity out."""
-    engine, (fixed, moving) = made(ndim, *SMALL, "training_similarity.weight=0", "supervision.dice=1"), pair((12, 12, 12)[:ndim])
+    engine, (fixed, moving) = made(ndim, SMALL, {"training_similarity": {"weight": 0}, "supervision": {"dice": 1}}), pair((12, 12, 12)[:ndim])
     labels = (fixed > 0.5).long()
     terms = engine.losses(Batch(fixed, moving, fixed_labels=labels, moving_labels=(moving > 0.5).long()), "registration")
     assert set(terms) == {"diffusion", "dice"}
@@ -275,4 +279,4 @@ def test_supervision_alone(ndim: int) -> None:
 
 def test_wrong_settings_are_explained() -> None:
     with pytest.raises(ParameterError, match="as many hidden"):
-        made(2, "engine.channels=[8,8]", "engine.hidden=[8]")
+        made(2, {"engine": {"channels": [8, 8], "hidden": [8]}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from scipy.ndimage import map_coordinates, uniform_filter
 
 from regtool import methods as engines
+from regtool.config.toml import merged
 from regtool.deformation.dense import dense
 from regtool.methods import load
 from regtool.networks.blocks import CONVOLVE, SameConv, UpsampleConv, average_pool, double, in_float32
@@ -19,9 +22,9 @@ from tests.conftest import blobs
 PooledUNet = load("unet")
 
 
-def made(ndim: int, *settings: str) -> PooledUNet:
+def made(ndim: int, *settings: dict[str, Any]) -> PooledUNet:
     torch.manual_seed(0)
-    engine = engines.build(engines.read_parameters(None, ("method=unet", *settings)), ndim)
+    engine = engines.build(engines.read_parameters(None, merged({"method": "unet"}, *settings)), ndim)
     assert isinstance(engine, PooledUNet)
     return engine
 
@@ -68,7 +71,7 @@ def test_skips_are_summed_before_the_activation(ndim: int, norm: str) -> None:
 
 @pytest.mark.parametrize(("ndim", "norm", "count"), [(2, "none", 487_538), (3, "none", 1_461_411), (2, "batch", 489_170), (2, "group", 489_170)])
 def test_size(ndim: int, norm: str, count: int) -> None:
-    assert sum(p.numel() for p in made(ndim, f"engine.norm={norm}").parameters()) == count
+    assert sum(p.numel() for p in made(ndim, {"engine": {"norm": norm}}).parameters()) == count
 
 
 def test_upsampling_convolution_is_repetition_then_convolution(ndim: int) -> None:
@@ -80,7 +83,7 @@ def test_upsampling_convolution_is_repetition_then_convolution(ndim: int) -> Non
 
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
 def test_the_network_sees_pooled_images(ndim: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = made(ndim, f"engine.pooling_levels={levels}"), []
+    engine, seen = made(ndim, {"engine": {"pooling_levels": levels}}), []
     forward = engine.network.forward
     monkeypatch.setattr(engine.network, "forward", lambda x: seen.append(x) or forward(x))
     shape = (64, 1, 20)[:ndim]
@@ -95,7 +98,7 @@ def test_the_network_sees_pooled_images(ndim: int, levels: int, monkeypatch: pyt
 
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
 def test_a_constant_grows_by_the_pooling(ndim: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = made(ndim, f"engine.pooling_levels={levels}")
+    engine = made(ndim, {"engine": {"pooling_levels": levels}})
     c = torch.tensor([1.5, -0.25, 2.0][:ndim]).reshape(1, -1, *[1] * ndim)
     monkeypatch.setattr(engine.network, "forward", lambda x: c.expand(len(x), ndim, *x.shape[2:]))
     u = engine.displacement(*torch.rand(2, 1, 1, *(19, 40, 7)[:ndim]))
@@ -114,7 +117,7 @@ def test_enlarging_is_edge_to_edge(ndim: int) -> None:
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_pooling_and_enlarging_agree_on_positions(ndim: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that hold their own coordinate, handed through: inside, the displacement is 2^l times the coordinate of the very voxel."""
-    engine, step = made(ndim, f"engine.pooling_levels={levels}"), 2**levels
+    engine, step = made(ndim, {"engine": {"pooling_levels": levels}}), 2**levels
     monkeypatch.setattr(engine.network, "forward", lambda x: x[:, :1].expand(-1, ndim, *x.shape[2:]))
     shape = (16 * step,) + (8 * step,) * (ndim - 1)
     ramp = torch.arange(shape[0]).float().reshape(-1, *[1] * (ndim - 1)).expand(shape)[None, None]
@@ -124,7 +127,7 @@ def test_pooling_and_enlarging_agree_on_positions(ndim: int, levels: int, monkey
 
 
 def test_dropout_acts_while_learning_only() -> None:
-    engine = made(2, "engine.dropout=0.5")
+    engine = made(2, {"engine": {"dropout": 0.5}})
     stirred(engine)
     images = torch.rand(2, 1, 1, 32, 32)
     with torch.no_grad():
@@ -136,7 +139,7 @@ def test_dropout_acts_while_learning_only() -> None:
 @pytest.mark.parametrize("size", [(32, 32), (1, 7), (8, 16, 32)], ids=str)
 def test_a_single_small_pair_can_be_learned_from(norm: str, size: tuple[int, ...]) -> None:
     """At 32 voxels pooled by 4 the coarsest level has a single voxel, of which no batch statistic exists."""
-    engine = made(len(size), f"engine.norm={norm}").train()
+    engine = made(len(size), {"engine": {"norm": norm}}).train()
     terms = engine.losses(Batch(*torch.rand(2, 1, 1, *size)), "registration")
     torch.stack(list(terms.values())).sum().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in engine.parameters())
@@ -167,7 +170,7 @@ def test_pooling_by_one_changes_nothing(ndim: int) -> None:
 
 def test_a_pair_is_learned(ndim: int) -> None:
     shape = {2: (32, 32), 3: (16, 16, 16)}[ndim]
-    engine = made(ndim, "engine.pooling_levels=1").train()
+    engine = made(ndim, {"engine": {"pooling_levels": 1}}).train()
     middle = shape[0] / 2
     fixed, moving = (torch.from_numpy(blobs(shape, (middle + s,) + (middle,) * (ndim - 1), shape[0] / 5))[None, None] for s in (1.5, -1.5))
     optimiser, values = torch.optim.Adam(engine.parameters(), lr=1e-3), []
@@ -181,7 +184,7 @@ def test_a_pair_is_learned(ndim: int) -> None:
 
 
 def test_defaults_are_the_papers(ndim: int) -> None:
-    parameters = engines.read_parameters(None, ("method=unet",))
+    parameters = engines.read_parameters(None, {"method": "unet"})
     assert (parameters.training_similarity.name, parameters.train.learning_rate) == ("ncc", 1e-4)
     engine, images = made(ndim), torch.rand(2, 1, 1, *[32] * ndim)
     with torch.no_grad():

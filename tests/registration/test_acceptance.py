@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from regtool.config.registration import Guard
+from regtool.config.toml import merged
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
 from regtool.geometry.inversion import invert
@@ -19,7 +21,7 @@ from regtool.registration.acceptance import insufficient_information, rejection_
 from regtool.workflows.register import Request, register
 from tests.conftest import blobs, smooth_field
 
-QUICK = ("run.threads=1", "run.qc=false", "refine.iterations=12")
+QUICK = {"run": {"threads": 1, "qc": False}, "refine": {"iterations": 12}}
 FOLDING = 0.01  # percent
 
 
@@ -62,7 +64,7 @@ def half_missing(ndim: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("pair", [aligned, unrelated, own_noise, only_noise, half_missing], ids=lambda f: f.__name__)
 def test_never_worse_than_the_start(pair, similarity: str, ndim: int) -> None:  # type: ignore[no-untyped-def]
     fixed, moving = (image(a) for a in pair(ndim))
-    report = register(Request(fixed, moving, overrides=(*QUICK, f"metric.name={similarity}"))).report
+    report = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"metric": {"name": similarity}}))).report
     found = report["similarity"]
     assert found["after"] >= found["before"] - 2e-6
     assert report["jacobian"]["folding_percent"] <= FOLDING
@@ -75,10 +77,10 @@ def test_never_worse_than_the_start(pair, similarity: str, ndim: int) -> None:  
         assert report["displacement_mm"]["max"] == 0
 
 
-@pytest.mark.parametrize("asked", [(), ("metric.name=mi",), ("method=voxelmorph", "oneshot.iterations=2"), ("refine.dice=1",)])
-def test_images_that_tell_nothing_of_each_other_are_only_aligned_unless_asked_for(asked: tuple[str, ...], ndim: int) -> None:
+@pytest.mark.parametrize("asked", [{}, {"metric": {"name": "mi"}}, {"method": "voxelmorph", "oneshot": {"iterations": 2}}, {"refine": {"dice": 1}}])
+def test_images_that_tell_nothing_of_each_other_are_only_aligned_unless_asked_for(asked: dict[str, Any], ndim: int) -> None:
     fixed, moving = (image(a) for a in only_noise(ndim))
-    report = register(Request(fixed, moving, overrides=(*QUICK, *asked))).report
+    report = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, asked))).report
     names = [stage["name"] for stage in report["stages"]]
     assert ("refine" in names) == bool(asked) and ("deform" in names) != bool(asked)
     if not asked:
@@ -92,7 +94,7 @@ def test_two_contrasts_that_match_are_left_alone_and_those_that_do_not_are_defor
     target = body(ndim)
     source = np.roll(target, 3, axis=-1) if moved else target
     fixed, moving = (image(x + rng.normal(0, 0.5, x.shape)) for x in (target, 100 - source))
-    report = register(Request(fixed, moving, overrides=(*QUICK, "metric.name=mi", "align.method=none"))).report
+    report = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"metric": {"name": "mi"}, "align": {"method": "none"}}))).report
     kept = [s["name"] for s in report["stages"] if s["kept"]]
     assert bool(kept) == moved
     if not moved:
@@ -107,7 +109,7 @@ def test_insufficient_information_names_both_numbers() -> None:
 
 def test_a_failed_threshold_is_a_status_and_no_error() -> None:
     fixed, moving = (image(a) for a in aligned(2))
-    report = register(Request(fixed, moving, overrides=(*QUICK, "qc.min_similarity_gain=0.5"))).report
+    report = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"qc": {"min_similarity_gain": 0.5}}))).report
     assert report["status"] == "qc_failed"
     assert [c["name"] for c in report["qc"] if not c["passed"]] == ["min_similarity_gain"]
 
@@ -132,7 +134,7 @@ def test_thick_slices_alone_move_nothing(ndim: int) -> None:
     thick = replace(fixed.grid, size=(fixed.grid.size[0] // 4, *fixed.grid.size[1:]), spacing=(4.0, *[1.0] * (ndim - 1)))
     blurred = Image(torch.as_tensor(gaussian_filter1d(fixed.data.numpy(), 1.6, axis=-1)), fixed.grid)
     moving = resample(blurred, thick)
-    found = register(Request(fixed, moving, overrides=("run.threads=1", "run.qc=false", "metric.name=lncc")))
+    found = register(Request(fixed=fixed, moving=moving, overrides={"run": {"threads": 1, "qc": False}, "metric": {"name": "lncc"}}))
     assert float(found.displacements[0].magnitude()[..., 4:-8].mean()) < 0.45  # without that, 0.75 to 0.8
 
 
@@ -145,7 +147,9 @@ def test_a_cut_field_of_view_tears_nothing(ndim: int) -> None:
     cuts = [slice(0, n) for n in shape]
     cuts[-1] = slice(0, int(0.45 * shape[-1]))
     moved = warp(fixed, Transform((inverse,)), fixed.grid.cut(cuts))
-    found = register(Request(fixed, moved, overrides=("run.threads=1", "run.qc=false", "align.method=none", "metric.name=lncc")))
+    found = register(
+        Request(fixed=fixed, moving=moved, overrides={"run": {"threads": 1, "qc": False}, "align": {"method": "none"}, "metric": {"name": "lncc"}})
+    )
     assert any("the moving image covers" in message for message in found.report["warnings"])
     assert found.report["jacobian"]["folding_percent"] == 0
     error = (found.displacements[0].data - truth.data).square().sum(0).sqrt()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from regtool.config.toml import merged
 from regtool.errors import InputError
 from regtool.evaluation.overlap import dice
 from regtool.geometry.grid import Grid
@@ -24,11 +26,11 @@ from regtool.workflows.register import Request, register
 from tests.conftest import random_grid, smooth_field
 from tests.workflows.test_register import phantom
 
-QUICK = ("run.threads=1", "run.qc=false", "align.method=none", "metric.name=lncc")
+QUICK = {"run": {"threads": 1, "qc": False}, "align": {"method": "none"}, "metric": {"name": "lncc"}}
 
 
-def setup(*overrides: str) -> Setup:
-    return Setup(parameters=resolve(None, (*QUICK, *overrides), None).parameters, engine=None, device=torch.device("cpu"))
+def setup(*overrides: dict[str, Any]) -> Setup:
+    return Setup(parameters=resolve(None, merged(QUICK, *overrides), None).parameters, engine=None, device=torch.device("cpu"))
 
 
 def test_the_fixed_mask_is_resampled_once_a_grid(ndim: int) -> None:
@@ -104,12 +106,14 @@ def test_labels_and_landmarks_pull(ndim: int) -> None:
     labels = (Labels(maps[0], grid), Labels(maps[1], grid))
     scores = []
     for factor in (0, 5):
-        found = register_pair(flat, other, setup(f"refine.dice={factor}"), Clock(), Annotations(labels=labels))
+        found = register_pair(flat, other, setup({"refine": {"dice": factor}}), Clock(), Annotations(labels=labels))
         scores.append(dice(labels[0], warp_labels(labels[1], found.transform, grid)).mean)
     assert scores[1] > scores[0] + 0.1
     middle = np.full((1, ndim), 19.0 * 1.5)
     points = (Landmarks(middle), Landmarks(middle + 4.5))
-    found = register_pair(flat, other, setup("refine.landmarks=1", "guard.max_folding_percent=100"), Clock(), Annotations(landmarks=points))
+    found = register_pair(
+        flat, other, setup({"refine": {"landmarks": 1}, "guard": {"max_folding_percent": 100}}), Clock(), Annotations(landmarks=points)
+    )
     assert np.abs(transform_points(found.transform, middle) - middle - 4.5).max() < 1.0
 
 
@@ -127,17 +131,17 @@ def test_masks_that_make_no_sense(ndim: int, tmp_path: Path) -> None:
     empty = tmp_path / "empty.mha"
     write_image(Image(torch.zeros_like(fixed.data), fixed.grid), empty)
     with pytest.raises(InputError, match="fixed mask .* is empty"):
-        register(Request(fixed, moving, overrides=QUICK, fixed_mask=empty))
+        register(Request(fixed=fixed, moving=moving, overrides=QUICK, fixed_mask=empty))
     away = tmp_path / "away.mha"
     far = Grid(fixed.grid.size, fixed.grid.spacing, tuple(x + 1e4 for x in fixed.grid.origin), fixed.grid.direction)
     write_image(Image(torch.ones_like(fixed.data), far), away)
     with pytest.raises(InputError, match="moving mask .* marks nothing"):
-        register(Request(fixed, moving, overrides=QUICK, moving_mask=away))
+        register(Request(fixed=fixed, moving=moving, overrides=QUICK, moving_mask=away))
     other = tmp_path / "other.mha"
     write_image(Image(torch.ones(1, *[12] * (5 - ndim)), Grid.regular([12] * (5 - ndim))), other)
     with pytest.raises(InputError, match="its image"):
-        register(Request(fixed, moving, overrides=QUICK, fixed_mask=other))
+        register(Request(fixed=fixed, moving=moving, overrides=QUICK, fixed_mask=other))
     coarse = tmp_path / "coarse.mha"
     smaller = fixed.grid.resized(tuple(n // 2 for n in fixed.grid.size))
     write_image(Image(torch.ones(1, *smaller.shape), smaller), coarse)
-    assert any("another grid" in w for w in register(Request(fixed, moving, overrides=QUICK, fixed_mask=coarse)).report["warnings"])
+    assert any("another grid" in w for w in register(Request(fixed=fixed, moving=moving, overrides=QUICK, fixed_mask=coarse)).report["warnings"])

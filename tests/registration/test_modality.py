@@ -10,6 +10,7 @@ import torch
 
 from regtool.config.registration import Modality
 from regtool.config.schema import Preprocess
+from regtool.config.toml import merged
 from regtool.geometry.images import Image
 from regtool.geometry.transforms import Transform
 from regtool.io.images import read_image
@@ -19,7 +20,7 @@ from regtool.workflows.register import Request, register
 from tests.conftest import DATA
 from tests.workflows.test_register import phantom
 
-QUICK = ("run.threads=1", "run.qc=false", "refine.iterations=5")
+QUICK = {"run": {"threads": 1, "qc": False}, "refine": {"iterations": 5}}
 
 
 def sign_agreement(fixed: torch.Tensor, moving: torch.Tensor) -> float:
@@ -74,10 +75,10 @@ def test_the_report_says_what_was_chosen_and_why(ndim: int) -> None:
     fixed, moving = phantom(ndim)
     inverted = Image(moving.data.max() - moving.data, moving.grid)
     for image, name in ((moving, "lncc"), (inverted, "mi")):
-        found = register(Request(fixed, image, overrides=QUICK)).report["similarity"]
+        found = register(Request(fixed=fixed, moving=image, overrides=QUICK)).report["similarity"]
         assert found["name"] == name
         assert "agree in sign" in found["reason"]
-    assert register(Request(fixed, moving, overrides=(*QUICK, "metric.name=mi"))).report["similarity"]["name"] == "mi"
+    assert register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"metric": {"name": "mi"}}))).report["similarity"]["name"] == "mi"
 
 
 @pytest.mark.data
@@ -106,13 +107,15 @@ def test_a_mask_is_no_other_modality(masks: tuple[str, ...]) -> None:
     images = [read_image(folder / f"{name}.mha") for name in names.values()]
     annotations = {f"{side}_mask": folder / f"{names[side]}_mask.mha" for side in masks}
     points = {f"{side}_landmarks": folder / f"{name}_landmarks.csv" for side, name in names.items()}
-    report = register(Request(*images, overrides=("run.qc=false", "refine.max_voxels=200000"), **annotations, **points)).report
+    report = register(
+        Request(fixed=images[0], moving=images[1], overrides={"run": {"qc": False}, "refine": {"max_voxels": 200000}}, **annotations, **points)
+    ).report
     assert report["similarity"]["name"] == "lncc"
     assert report["after"]["tre_mm"]["mean"] < 2
 
 
 def test_auto_is_what_is_written(tmp_path: Path) -> None:
     fixed, moving = phantom(2)
-    register(Request(fixed, moving, tmp_path / "out", overrides=QUICK))
+    register(Request(fixed=fixed, moving=moving, output=tmp_path / "out", overrides=QUICK))
     assert json.loads((tmp_path / "out" / "report.json").read_text())["similarity"]["name"] in ("lncc", "mi")
     assert 'name = "auto"' in (tmp_path / "out" / "parameters.toml").read_text()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from regtool.config.registration import Metric, Refine
 from regtool.config.schema import TrainingSimilarity
+from regtool.config.toml import merged
 from regtool.deformation.smooth import upsample_and_smooth
 from regtool.geometry.composition import compose_voxels
 from regtool.geometry.grid import Grid
@@ -27,7 +28,7 @@ from tests.conftest import smooth_field
 from tests.workflows.test_register import phantom
 
 SHAPE = (40, 36, 32)
-ALONE = ("run.threads=1", "run.qc=false")
+ALONE = {"run": {"threads": 1, "qc": False}}
 
 
 def textured(ndim: int) -> torch.Tensor:
@@ -133,7 +134,7 @@ def test_a_voxel_counts_the_same_however_many_do_not(ndim: int) -> None:
     sides = [14] * 2 * ndim
     mask = F.pad(torch.ones_like(fixed), sides)
     padded = [torch.where(mask > 0, F.pad(image, sides), torch.rand(mask.shape)) for image in (fixed, moving)]
-    for batch in (Batch(*padded, mask), Batch(*padded, None, mask), Batch(*padded, mask, mask)):
+    for batch in (Batch(*padded, fixed_mask=mask), Batch(*padded, moving_mask=mask), Batch(*padded, fixed_mask=mask, moving_mask=mask)):
         assert refine(batch, None, once, TrainingSimilarity(name="mse")).losses[0] * mask.numel() == pytest.approx(alone, rel=1e-4)
         both = refine(batch, None, once.model_copy(update={"symmetric": True}), TrainingSimilarity(name="mse")).losses[0]
         assert both * mask.numel() == pytest.approx(alone, rel=1e-4)
@@ -207,7 +208,7 @@ def test_thin_and_tiny_images(ndim: int) -> None:
 
 def test_register_without_a_method_refines_from_zero(ndim: int, orientation: str) -> None:
     fixed, moving = phantom(ndim, orientation)
-    report = register(Request(fixed, moving, overrides=(*ALONE, "run.model=none"))).report
+    report = register(Request(fixed=fixed, moving=moving, overrides=merged(ALONE, {"run": {"model": "none"}}))).report
     assert report["method"] == "refine"
     assert [s["name"] for s in report["stages"] if s["kept"]][-1] == "refine"
     assert report["similarity"]["after"] > report["similarity"]["before"] + 0.05
@@ -217,8 +218,10 @@ def test_register_without_a_method_refines_from_zero(ndim: int, orientation: str
 
 def test_refining_after_a_network_scores_higher_than_the_network(ndim: int) -> None:
     fixed, moving = phantom(ndim)
-    method = ("method=voxelmorph", "engine.variant=vm1", "oneshot.iterations=10")
-    alone, refined = (register(Request(fixed, moving, overrides=(*ALONE, *method, f"refine.iterations={n}"))).report for n in (0, 40))
+    method = {"method": "voxelmorph", "engine": {"variant": "vm1"}, "oneshot": {"iterations": 10}}
+    alone, refined = (
+        register(Request(fixed=fixed, moving=moving, overrides=merged(ALONE, method, {"refine": {"iterations": n}}))).report for n in (0, 40)
+    )
     assert refined["similarity"]["after"] > alone["similarity"]["after"]
     assert [s["name"] for s in refined["stages"]] == ["align", "network", "refine"]
 
@@ -230,8 +233,8 @@ def test_the_field_goes_on_where_there_is_nothing_to_see(ndim: int, orientation:
     grid = replace(fixed.grid, size=wide, origin=tuple(fixed.grid.to_physical(np.full((1, ndim), -20.0))[0].tolist()))
     data = torch.full((1, *grid.shape), float(fixed.data.min()))
     data[(slice(None), *[slice(20, -20)] * ndim)] = fixed.data
-    alone = (*ALONE, "run.model=none", "align.method=none", "guard.repair_folds=false", "guard.max_folding_percent=100")
-    result = register(Request(Image(data, grid), moving, overrides=alone))
+    alone = merged(ALONE, {"run": {"model": "none"}, "align": {"method": "none"}, "guard": {"repair_folds": False, "max_folding_percent": 100}})
+    result = register(Request(fixed=Image(data, grid), moving=moving, overrides=alone))
     field = result.displacements[0].data
     assert float(field.abs().max()) > 0.5
     inside, steps = field[(slice(None), *[slice(20, -20)] * ndim)], []
@@ -239,21 +242,21 @@ def test_the_field_goes_on_where_there_is_nothing_to_see(ndim: int, orientation:
         rim = field.narrow(axis, 0, 10)
         steps.append(max(float(rim.diff(dim=a).abs().max()) for a in range(1, ndim + 1)))
     assert max(steps) < 0.5 * max(float(inside.diff(dim=a).abs().max()) for a in range(1, ndim + 1))
-    plain = register(Request(fixed, moving, overrides=alone))
+    plain = register(Request(fixed=fixed, moving=moving, overrides=alone))
     inner = (slice(None), *[slice(20, -20)] * ndim)
     assert float((result.warped.data[inner] - fixed.data).abs().mean()) < 1.5 * float((plain.warped.data - fixed.data).abs().mean())
 
 
 def test_refining_repeats_bit_for_bit(tmp_path: Path, ndim: int) -> None:
     fixed, moving = phantom(ndim)
-    first, again = (register(Request(fixed, moving, overrides=ALONE)) for _ in range(2))
+    first, again = (register(Request(fixed=fixed, moving=moving, overrides=ALONE)) for _ in range(2))
     assert torch.equal(first.warped.data, again.warped.data)
 
 
 def test_noise_is_not_made_worse(ndim: int) -> None:
     grid = Grid.regular((24, 20, 18)[:ndim])
     noise = [Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(s)), grid) for s in (0, 1)]
-    result = register(Request(*noise, overrides=ALONE))
+    result = register(Request(fixed=noise[0], moving=noise[1], overrides=ALONE))
     report = result.report
     assert report["similarity"]["after"] >= report["similarity"]["before"] - 1e-6
     assert report["jacobian"]["folding_percent"] <= 0.1
@@ -279,7 +282,13 @@ def test_symmetric_refining_after_a_network_does_not_fold(ndim: int, kind: str) 
     fixed = Image(textured(ndim)[0], Grid.regular(SHAPE[:ndim]))
     moved = warp(fixed, Transform((smooth_field(fixed.grid, 5.0, 4),)), fixed.grid)
     moving = Image(fixed.data.flip(-1), fixed.grid) if kind == "flipped" else moved
-    found = register(Request(fixed, moving, overrides=(*ALONE, "align.method=none", "metric.name=lncc", "refine.symmetric=true"))).report
+    found = register(
+        Request(
+            fixed=fixed,
+            moving=moving,
+            overrides=merged(ALONE, {"align": {"method": "none"}, "metric": {"name": "lncc"}, "refine": {"symmetric": True}}),
+        )
+    ).report
     assert [stage["name"] for stage in found["stages"] if stage["kept"]][-2:] == ["network pass 3", "refine"]
     assert found["jacobian"]["folding_percent"] == 0
 
@@ -287,10 +296,10 @@ def test_symmetric_refining_after_a_network_does_not_fold(ndim: int, kind: str) 
 def test_refining_after_an_initial_field_does_not_fold(ndim: int, tmp_path: Path) -> None:
     fixed = Image(textured(ndim)[0], Grid.regular(SHAPE[:ndim]))
     moving = Image(fixed.data.flip(-1), fixed.grid)
-    options = (*ALONE, "align.method=none", "metric.name=lncc", "run.model=none")
-    register(Request(fixed, moving, tmp_path / "first", overrides=options))
-    initial = f"run.initial_transform={tmp_path}/first/transform.h5"
-    again = register(Request(fixed, moving, overrides=(*options, initial))).report
+    options = merged(ALONE, {"align": {"method": "none"}, "metric": {"name": "lncc"}, "run": {"model": "none"}})
+    register(Request(fixed=fixed, moving=moving, output=tmp_path / "first", overrides=options))
+    initial = {"run": {"initial_transform": str(tmp_path / "first" / "transform.h5")}}
+    again = register(Request(fixed=fixed, moving=moving, overrides=merged(options, initial))).report
     assert again["stages"][-1]["name"] == "refine" and again["stages"][-1]["kept"]
     assert again["jacobian"]["folding_percent"] == 0
     assert again["similarity"]["after"] > again["similarity"]["before"]

@@ -100,7 +100,7 @@ def content(grid: Grid, **more: Any) -> PageContent:
     point = grid.to_physical(torch.tensor(middle[::-1]).double().numpy())[None]
     error = 0 * point
     error[0, 0] = 5.0
-    frames = (Frame("0", grey(160, grid), grey(60, grid), DisplacementField(field, grid), determinant),)
+    frames = (Frame(name="0", before=grey(160, grid), warped=grey(60, grid), displacement=DisplacementField(field, grid), determinant=determinant),)
     parts = {
         "title": "</script><script>alert(1)</script><img src=x onerror=alert(2)>",
         "fixed": grey(0, grid, 10.0),
@@ -196,7 +196,7 @@ def test_overlays_are_drawn_where_they_belong(browser: Any, tmp_path: Path) -> N
 
 def test_time_points_and_failed_runs(browser: Any, tmp_path: Path) -> None:
     grid = Grid.regular(SHAPE)
-    frames = tuple(Frame(f"{t}", grey(160, grid), grey(level, grid)) for t, level in enumerate((60, 120, 200)))
+    frames = tuple(Frame(name=f"{t}", before=grey(160, grid), warped=grey(level, grid)) for t, level in enumerate((60, 120, 200)))
     shown = Shown(browser, tmp_path, content(grid, frames=frames, labels=None, landmarks=None))
     shown.choose("Moving")
     shown.slide(".plane input", 4)
@@ -207,7 +207,7 @@ def test_time_points_and_failed_runs(browser: Any, tmp_path: Path) -> None:
     assert shown.complaints == []
     error = {"what": "no <b>overlap</b>", "tip": None, "exit_code": 3}
     report = FailureReport.model_validate({"status": "failed", "error": error, "seconds": {"total": 1.0}})
-    for some in ((Frame("0", grey(160, grid)),), ()):
+    for some in ((Frame(name="0", before=grey(160, grid)),), ()):
         shown = Shown(browser, tmp_path, content(grid, frames=some, labels=None, landmarks=None, report=report))
         assert "no <b>overlap</b>" in shown.page.locator("header").text_content()
         assert shown.page.locator("fieldset input[value=after]").is_disabled()

@@ -50,7 +50,9 @@ REPORT = registration_report(
 
 def frame(grid: Grid, seed: int = 2, name: str = "0") -> Frame:
     field = smooth_field(grid, 1.0, seed=1)
-    return Frame(name, random_image(grid, seed), random_image(grid, seed + 1), field, jacobian_determinant(field))
+    return Frame(
+        name=name, before=random_image(grid, seed), warped=random_image(grid, seed + 1), displacement=field, determinant=jacobian_determinant(field)
+    )
 
 
 def content(
@@ -156,7 +158,7 @@ def test_page_of_a_failed_run(ndim: int, known: str) -> None:
     grid = Grid.regular((12, 10, 8)[:ndim])
     error = {"what": "no <overlap>", "tip": "look at it", "exit_code": 3}
     report = FailureReport.model_validate({"status": "failed", "error": error, "seconds": {"total": 1.0}})
-    made = content(grid, report=report, frames=(Frame("0", random_image(grid, 2)),) if known == "both images" else ())
+    made = content(grid, report=report, frames=(Frame(name="0", before=random_image(grid, 2)),) if known == "both images" else ())
     page = qc_html(made)
     for text in ("The run failed", "no &lt;overlap&gt;", "tip: look at it"):
         assert text in page
@@ -178,7 +180,13 @@ def test_viewer_gets_the_images_as_they_are(ndim: int, orientation: str) -> None
     labels = Labels(torch.randint(0, 3, (1, *grid.shape)) * 1000, grid)
     points = grid.to_physical(np.array([[1.0, 2.0, 3.0][:ndim]]))
     errors = LandmarkErrors(points, grid.rotation[:, 1][None] * 4, grid.rotation[:, 0][None] * 2)
-    made = content(grid, frames=(Frame("0", image, image, field, determinant),), labels=(labels, labels, labels), landmarks=errors, fixed=image)
+    made = content(
+        grid,
+        frames=(Frame(name="0", before=image, warped=image, displacement=field, determinant=determinant),),
+        labels=(labels, labels, labels),
+        landmarks=errors,
+        fixed=image,
+    )
     data = carried(qc_html(made))
     shape = grid.shape if ndim == 3 else (1, *grid.shape)
     low, high = window(image)
@@ -201,9 +209,18 @@ def test_viewer_gets_the_images_as_they_are(ndim: int, orientation: str) -> None
 def test_a_shift_of_all_points_is_left_out_of_the_grid() -> None:
     grid = Grid.regular((10, 12))
     field = DisplacementField(torch.tensor([30.0, 40.0]).reshape(2, 1, 1).expand(2, *grid.shape), grid)
-    lattice = carried(qc_html(content(grid, frames=(Frame("0", random_image(grid, 2), random_image(grid, 3), field, torch.ones(grid.shape)),))))[
-        "frames"
-    ][0]["field"]
+    lattice = carried(
+        qc_html(
+            content(
+                grid,
+                frames=(
+                    Frame(
+                        name="0", before=random_image(grid, 2), warped=random_image(grid, 3), displacement=field, determinant=torch.ones(grid.shape)
+                    ),
+                ),
+            )
+        )
+    )["frames"][0]["field"]
     assert lattice["shift"] == pytest.approx(50)
     assert not any(base64.b64decode(lattice["data"]))
 
@@ -297,7 +314,7 @@ def test_numbers() -> None:
 def test_parts_on_other_grids_are_refused() -> None:
     grid = Grid.regular((12, 10))
     with pytest.raises(GeometryError, match="warped of shape"):
-        content(grid, frames=(Frame("0", random_image(grid, 0), random_image(Grid.regular((12, 11)), 0)),))
+        content(grid, frames=(Frame(name="0", before=random_image(grid, 0), warped=random_image(Grid.regular((12, 11)), 0)),))
 
 
 @pytest.mark.slow
@@ -312,7 +329,13 @@ def test_large_pair_is_small_and_quick(kind: str) -> None:
     image = Image(random, grid)
     labels = Labels((random > 0).long() + (random > 1), grid)
     field = DisplacementField(random.expand(3, *grid.shape).contiguous(), grid)
-    made = PageContent("large", image, (Frame("0", image, image, field, 1 + random[0]),), registration_report(), (labels, labels, labels))
+    made = PageContent(
+        title="large",
+        fixed=image,
+        frames=(Frame(name="0", before=image, warped=image, displacement=field, determinant=1 + random[0]),),
+        report=registration_report(),
+        labels=(labels, labels, labels),
+    )
     start = time.process_time()
     page = qc_html(made)
     qc_png(made)

@@ -35,7 +35,16 @@ def pair(shape: tuple[int, ...], points: int = 6) -> Batch:
     labels = [(image > 0.5).long() * 3 for image in images]
     masks = [(image > 0.2).float() for image in images]
     landmarks = [(torch.as_tensor(rng.uniform(0.3, 0.7, (points, len(shape))) * size, dtype=torch.float32),) for _ in range(2)]
-    return Batch(images[0], images[1], masks[0], masks[1], labels[0], labels[1], landmarks[0], landmarks[1])
+    return Batch(
+        images[0],
+        images[1],
+        fixed_mask=masks[0],
+        moving_mask=masks[1],
+        fixed_labels=labels[0],
+        moving_labels=labels[1],
+        fixed_points=landmarks[0],
+        moving_points=landmarks[1],
+    )
 
 
 def fitted(new: torch.Tensor, old: torch.Tensor) -> np.ndarray:
@@ -86,7 +95,16 @@ def test_mirrors_and_quarter_turns_move_voxels_and_landmarks_alike(ndim: int, se
     for image, spot in zip(images, spots, strict=True):
         image[(0, 0, *spot)] = 1
     points = [(torch.tensor([spot[::-1]], dtype=torch.float32),) for spot in spots]
-    batch = Batch(images[0], images[1], images[0], images[1], images[0].long(), images[1].long(), points[0], points[1])
+    batch = Batch(
+        images[0],
+        images[1],
+        fixed_mask=images[0],
+        moving_mask=images[1],
+        fixed_labels=images[0].long(),
+        moving_labels=images[1].long(),
+        fixed_points=points[0],
+        moving_points=points[1],
+    )
     found, field = augmented(batch, Augment(flip=0.5, rotate90=0.7), seeded(seed))
     assert field is None
     for side in ("fixed", "moving"):

@@ -84,7 +84,11 @@ def scene(folder: Path, ndim: int, orientation: str) -> tuple[Pair, dict[str, np
     paths = {name: written(folder / f"{name}.mha", array, fixed if name[0] == "f" else moving) for name, array in arrays.items()}
     inner = fixed.centre + rng.uniform(-2, 2, (4, ndim))
     marks = [points_file(folder / f"{name}.csv", inner + k) for k, name in enumerate(("fp", "mp"))]
-    pair = Pair("p", Entry("f", paths["f"], paths["fl"], marks[0], paths["fm"]), Entry("m", paths["m"], paths["ml"], marks[1], paths["mm"]))
+    pair = Pair(
+        "p",
+        Entry(id="f", image=paths["f"], labels=paths["fl"], landmarks=marks[0], mask=paths["fm"]),
+        Entry(id="m", image=paths["m"], labels=paths["ml"], landmarks=marks[1], mask=paths["mm"]),
+    )
     return pair, arrays, fixed, moving
 
 
@@ -120,7 +124,7 @@ def test_landmarks_stay_on_what_they_mark(tmp_path: Path, ndim: int, orientation
     fixed, moving = (grid.resized(tuple(round(e / 0.9) for e in grid.extent)) for grid in (fixed, moving))
     points = [fixed.centre + 1.7, fixed.centre - 2.3]
     entries = [
-        Entry(n, written(tmp_path / f"{n}.mha", paint(g, p, 3.0), g), None, points_file(tmp_path / f"{n}.csv", p[None]))
+        Entry(id=n, image=written(tmp_path / f"{n}.mha", paint(g, p, 3.0), g), labels=None, landmarks=points_file(tmp_path / f"{n}.csv", p[None]))
         for n, g, p in zip("fm", (fixed, moving), points, strict=True)
     ]
     affine = shifting(fixed, 8)
@@ -157,7 +161,7 @@ def test_training_sees_what_registration_sees(tmp_path: Path, ndim: int, partial
         written(files["labels"], rng.integers(0, 3, grid.shape).astype(np.uint8), grid)
         written(files["mask"], mask, grid)
         marks = points_file(tmp_path / f"{name}.csv", fixed.centre + rng.uniform(-4, 4, (5, ndim)))
-        entries.append(Entry(name, files["image"], files["labels"], marks, files["mask"] if masked else None))
+        entries.append(Entry(id=name, image=files["image"], labels=files["labels"], landmarks=marks, mask=files["mask"] if masked else None))
     affine = shifting(fixed, 3)
     parameters = Parameters(grid=GridParameters(spacing_mm=1.5), supervision=Supervision(dice=1, landmarks=1))
     learned_from = Dataset([Pair("p", *entries)], parameters, PLENTY, lambda *_: affine).sample(0)
@@ -206,7 +210,7 @@ def test_channels_are_averaged_and_maps_on_other_grids_resampled(tmp_path: Path)
     sitk.WriteImage(to_sitk(vectors, grid, vector=True), str(tmp_path / "v.mha"))
     fine = grid.resized((32, 24))
     labels = np.kron(rng.integers(0, 4, grid.shape), np.ones((2, 2), int)).astype(np.uint8)
-    entry = Entry("v", tmp_path / "v.mha", written(tmp_path / "l.mha", labels, fine))
+    entry = Entry(id="v", image=tmp_path / "v.mha", labels=written(tmp_path / "l.mha", labels, fine))
     batch = Dataset([Pair("p", entry, entry)], RAW, PLENTY).sample(0)
     assert np.allclose(batch.fixed[0, 0], vectors.mean(axis=-1), atol=1e-6)
     assert batch.fixed_labels is not None
@@ -218,7 +222,7 @@ def test_structures_that_overlap_become_one_map(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     volumes = [(rng.random(grid.shape) > 0.5).astype(np.uint8) for _ in range(3)]
     sitk.WriteImage(sitk.JoinSeries([to_sitk(v, grid) for v in volumes]), str(tmp_path / "l.mha"))
-    entry = Entry("f", written(tmp_path / "f.mha", np.zeros(grid.shape, np.float32), grid), tmp_path / "l.mha")
+    entry = Entry(id="f", image=written(tmp_path / "f.mha", np.zeros(grid.shape, np.float32), grid), labels=tmp_path / "l.mha")
     labels = Dataset([Pair("p", entry, entry)], RAW, PLENTY).sample(0).fixed_labels
     assert labels is not None
     expected = np.select([volumes[2] > 0, volumes[1] > 0, volumes[0] > 0], [2 * 65536 + 1, 65536 + 1, 1], 0)
@@ -263,7 +267,7 @@ def test_nothing_is_read_or_aligned_twice_while_it_fits(tmp_path: Path, reads: l
 def test_the_cache_stays_within_its_bytes(tmp_path: Path, reads: list[str], images: int) -> None:
     grid = Grid.regular((16, 20))
     rng = np.random.default_rng(0)
-    entries = [Entry(f"{k}", written(tmp_path / f"{k}.mha", rng.standard_normal(grid.shape).astype(np.float32), grid)) for k in range(6)]
+    entries = [Entry(id=f"{k}", image=written(tmp_path / f"{k}.mha", rng.standard_normal(grid.shape).astype(np.float32), grid)) for k in range(6)]
     dataset = Dataset(AllPairs(tuple(entries)), RAW, images * grid.voxels * 4)
     truth = [sitk.GetArrayFromImage(sitk.ReadImage(str(entry.image))) for entry in entries]
     for index in rng.permutation(30).tolist():
@@ -280,7 +284,7 @@ def test_the_cache_stays_within_its_bytes(tmp_path: Path, reads: list[str], imag
 def test_what_is_used_stays_in_the_cache(tmp_path: Path, reads: list[str]) -> None:
     """The atlas is needed with every image: with room for three of the five images it is read once."""
     grid = Grid.regular((16, 20))
-    entries = [Entry(f"{k}", written(tmp_path / f"{k}.mha", np.full(grid.shape, k, np.float32), grid)) for k in range(5)]
+    entries = [Entry(id=f"{k}", image=written(tmp_path / f"{k}.mha", np.full(grid.shape, k, np.float32), grid)) for k in range(5)]
     dataset = Dataset([Pair(entry.id, entries[0], entry) for entry in entries[1:]], RAW, 3 * grid.voxels * 4)
     for index in (0, 1, 2, 3, 0, 1):
         dataset.sample(index)
@@ -290,7 +294,11 @@ def test_what_is_used_stays_in_the_cache(tmp_path: Path, reads: list[str]) -> No
 def test_a_mask_ends_where_its_image_does(tmp_path: Path) -> None:
     fixed, moving = Grid.regular((10, 12)), Grid.regular((10, 6))
     entries = [
-        Entry(n, written(tmp_path / f"{n}.mha", np.ones(g.shape, np.float32), g), mask=written(tmp_path / f"{n}m.mha", np.ones(g.shape, np.uint8), g))
+        Entry(
+            id=n,
+            image=written(tmp_path / f"{n}.mha", np.ones(g.shape, np.float32), g),
+            mask=written(tmp_path / f"{n}m.mha", np.ones(g.shape, np.uint8), g),
+        )
         for n, g in (("f", fixed), ("m", moving))
     ]
     mask = Dataset([Pair("p", *entries)], RAW, PLENTY).sample(0).moving_mask
@@ -362,7 +370,16 @@ def single(shape: tuple[int, ...], seed: int, everything: bool) -> Batch:
         return Batch(images[0], images[1])
     labels = [torch.randint(0, 3, (1, 1, *shape), generator=g) for _ in range(2)]
     points = (torch.rand(3, len(shape), generator=g),)
-    return Batch(images[0], images[1], images[0].round(), images[1].round(), labels[0], labels[1], points, points)
+    return Batch(
+        images[0],
+        images[1],
+        fixed_mask=images[0].round(),
+        moving_mask=images[1].round(),
+        fixed_labels=labels[0],
+        moving_labels=labels[1],
+        fixed_points=points,
+        moving_points=points,
+    )
 
 
 def test_batches_of_one_size_are_put_together_as_they_are(ndim: int) -> None:

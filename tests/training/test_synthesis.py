@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.ndimage import map_coordinates
 
 from regtool.cli.app import main
 from regtool.config.schema import Preprocess, Synthesis
+from regtool.config.toml import merged
 from regtool.errors import InputError, ParameterError, UsageError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
@@ -25,6 +27,7 @@ from regtool.training.dataset import collate
 from regtool.training.run_folder import STATE
 from regtool.training.synthesis import synthetic
 from regtool.workflows.train import Request, train
+from tests.conftest import set_options
 from tests.workflows.test_train import write_images
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -173,22 +176,24 @@ def test_known_displacements_of_unequal_sizes_are_collated() -> None:
     assert collate([plain, plain]).displacement is None
 
 
-QUICK = ("train.validate_every=4", "train.log_every=2", "train.learning_rate=1e-3", "run.threads=1", "train.validation_pairs=2")
+QUICK = {"train": {"validate_every": 4, "log_every": 2, "learning_rate": 0.001, "validation_pairs": 2}, "run": {"threads": 1}}
 
 
-def request(run: Path, *overrides: str, method: str = "voxelmorph", size: str = "[16,16]", **more: object) -> Request:
+def request(run: Path, *overrides: dict[str, Any], method: str = "voxelmorph", size: tuple[int, ...] = (16, 16), **more: object) -> Request:
     data = more.pop("data", None)
-    return Request(data, run, None, (f"method={method}", *QUICK, f"synthesis.size={size}", *overrides), synthetic=True, **more)  # type: ignore[arg-type]
+    return Request(
+        data=data, output=run, overrides=merged({"method": method}, QUICK, {"synthesis": {"size": size}}, *overrides), synthetic=True, **more
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["voxelmorph", "dirnet", "cycle", "deformgan", "unet"])
 def test_every_method_learns_from_them_and_resumes_to_the_bit(method: str, tmp_path: Path) -> None:
-    small = ("engine.channels=[4, 4, 8]",) if method == "deformgan" else ()
-    more = ("train.batch_size=2", "train.accumulate=2", "train.ema=0.9", *small)
+    small = {"engine": {"channels": [4, 4, 8]}} if method == "deformgan" else {}
+    more = merged({"train": {"batch_size": 2, "accumulate": 2, "ema": 0.9}}, small)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    report = train(request(whole, *more, "train.steps=5", method=method))
-    train(request(parts, *more, "train.steps=2", method=method))
-    train(request(parts, *more, "train.steps=5", method=method, resume=True))
+    report = train(request(whole, more, {"train": {"steps": 5}}, method=method))
+    train(request(parts, more, {"train": {"steps": 2}}, method=method))
+    train(request(parts, more, {"train": {"steps": 5}}, method=method, resume=True))
     a, b = (read_checkpoint(run / STATE)[0] for run in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert report["data"] == "synthetic images, none of a patient"
@@ -201,7 +206,7 @@ def test_every_method_learns_from_them_and_resumes_to_the_bit(method: str, tmp_p
 
 def test_the_command_in_3d_and_its_parameter_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    sets = [x for override in (*QUICK, "synthesis.size=[12,10,8]", "synthesis.labels=[4,6]") for x in ("--set", override)]
+    sets = set_options(merged(QUICK, {"synthesis": {"size": [12, 10, 8], "labels": [4, 6]}}))
     with pytest.raises(SystemExit) as ended:
         main(["train", "--synthetic", "-m", "voxelmorph", "-o", str(run), "--steps", "4", "--json", *sets])
     out = capsys.readouterr()
@@ -213,7 +218,7 @@ def test_the_command_in_3d_and_its_parameter_file(tmp_path: Path, capsys: pytest
     text = (run / "parameters.toml").read_text(encoding="utf-8")
     assert "regtool train --synthetic -p" in text
     again = tmp_path / "again"
-    train(Request(None, again, run / "parameters.toml", synthetic=True))
+    train(Request(data=None, output=again, parameter_file=run / "parameters.toml", synthetic=True))
     a, b = (read_checkpoint(folder / STATE)[0] for folder in (run, again))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -222,20 +227,20 @@ def test_real_pairs_validate_synthetic_training(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_images(data, 2)
-    report = train(request(tmp_path / "run", "train.steps=2", "align.method=none", validation=data / "pairs.csv"))
+    report = train(request(tmp_path / "run", {"train": {"steps": 2}, "align": {"method": "none"}}, validation=data / "pairs.csv"))
     assert report["validation_pairs"] == 2
     assert "dice" in report["after"] and "epe_voxels" not in report["after"]
     with pytest.raises(InputError, match="unequal dimension"):
-        train(request(tmp_path / "other", "align.method=none", size="[12,12,12]", validation=data / "pairs.csv"))
+        train(request(tmp_path / "other", {"align": {"method": "none"}}, size=(12, 12, 12), validation=data / "pairs.csv"))
 
 
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="either a list of pairs or --synthetic"):
         train(request(tmp_path, data=tmp_path / "pairs.csv"))
     with pytest.raises(UsageError, match="either a list of pairs or --synthetic"):
-        train(Request(None, tmp_path, None, ("method=voxelmorph",)))
+        train(Request(data=None, output=tmp_path, overrides={"method": "voxelmorph"}))
     with pytest.raises(ParameterError, match="nothing to learn from"):
-        train(request(tmp_path, "supervision.dice=0", "supervision.displacement=0"))
+        train(request(tmp_path, {"supervision": {"dice": 0, "displacement": 0}}))
     for wrong, told in (("synthesis.size=[64]", "two or three numbers"), ("synthesis.labels=[9,3]", "lower one first"), ("synthesis.object=2", "1")):
         with pytest.raises(ParameterError, match=told):
             train(request(tmp_path, wrong))
@@ -243,6 +248,6 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
 
 def test_the_images_similarity_can_be_a_term_too(tmp_path: Path) -> None:
     terms: list[dict[str, float]] = []
-    train(request(tmp_path / "run", "train.steps=2", "synthesis.similarity=0.5"), lambda moment: terms.append(moment.terms))
+    train(request(tmp_path / "run", {"train": {"steps": 2}, "synthesis": {"similarity": 0.5}}), lambda moment: terms.append(moment.terms))
     assert {"lncc", "diffusion", "dice", "displacement"} == set(terms[-1])
     assert terms[-1]["displacement"] > 0

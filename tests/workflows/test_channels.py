@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from regtool.config.registration import Metric
 from regtool.config.schema import Preprocess
+from regtool.config.toml import merged
 from regtool.errors import InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
@@ -23,7 +25,7 @@ from tests.conftest import blobs
 
 SIZE = {2: (30, 26), 3: (16, 18, 14)}
 SHIFT = 1.5
-QUICK = ("run.threads=1", "run.model=none", "align.method=none", "metric.name=ncc", "refine.iterations=40")
+QUICK = {"run": {"threads": 1, "model": "none"}, "align": {"method": "none"}, "metric": {"name": "ncc"}, "refine": {"iterations": 40}}
 
 
 def ball(ndim: int, shift: float = 0.0) -> np.ndarray:
@@ -41,8 +43,8 @@ def still(ndim: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random(SIZE[ndim])
 
 
-def done(fixed: Image, moving: Image, *overrides: str) -> Result:
-    return register(Request(fixed, moving, overrides=(*QUICK, *overrides)))
+def done(fixed: Image, moving: Image, *overrides: dict[str, Any]) -> Result:
+    return register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, *overrides)))
 
 
 def middle(result: Result) -> np.ndarray:
@@ -54,9 +56,13 @@ def middle(result: Result) -> np.ndarray:
 
 def test_weights_1_and_0_are_the_first_channel_alone(ndim: int) -> None:
     fixed, moving = stacked(ball(ndim), still(ndim, 1)), stacked(ball(ndim, SHIFT), still(ndim, 2))
-    for more in ((), ("align.method=auto", "metric.name=auto", "refine.iterations=5"), ("method=voxelmorph", "oneshot.iterations=2")):
-        both = done(fixed, moving, "metric.channel_weights=[3,0]", *more)
-        alone = done(fixed.channel(0), moving.channel(0), *more)
+    for more in (
+        {},
+        {"align": {"method": "auto"}, "metric": {"name": "auto"}, "refine": {"iterations": 5}},
+        {"method": "voxelmorph", "oneshot": {"iterations": 2}},
+    ):
+        both = done(fixed, moving, {"metric": {"channel_weights": [3, 0]}}, more)
+        alone = done(fixed.channel(0), moving.channel(0), more)
         assert torch.equal(both.displacements[0].data, alone.displacements[0].data)
         assert torch.equal(both.warped.data[:1], alone.warped.data)
         assert both.report["similarity"] == alone.report["similarity"]
@@ -73,7 +79,7 @@ def test_a_channel_without_news_does_not_stop_the_other(ndim: int) -> None:
 
 def test_what_counts_more_wins(ndim: int) -> None:
     fixed, moving = stacked(ball(ndim), ball(ndim)), stacked(ball(ndim, SHIFT), ball(ndim, -SHIFT))
-    first, second = (middle(done(fixed, moving, f"metric.channel_weights={w}")) for w in ("[1,0.05]", "[0.05,1]"))
+    first, second = (middle(done(fixed, moving, {"metric": {"channel_weights": w}})) for w in ([1, 0.05], [0.05, 1]))
     assert (first > 0.5 * SHIFT).all() and (second < -0.5 * SHIFT).all()
 
 
@@ -105,8 +111,8 @@ def test_warped_keeps_all_channels_each_with_its_own_outside(tmp_path: Path, ndi
     write_image(moving, tmp_path / "m.nrrd")
     shift = sitk.TranslationTransform(ndim, [float(SIZE[ndim][-1]) / 2] + [0.0] * (ndim - 1))
     sitk.WriteTransform(shift, str(tmp_path / "t.tfm"))
-    overrides = (*QUICK[:3], "refine.iterations=0", f"run.initial_transform={tmp_path / 't.tfm'}")
-    register(Request(tmp_path / "f.nii.gz", tmp_path / "m.nrrd", tmp_path / "out", overrides=overrides))
+    overrides = merged(QUICK, {"refine": {"iterations": 0}, "metric": {"name": "auto"}, "run": {"initial_transform": str(tmp_path / "t.tfm")}})
+    register(Request(fixed=tmp_path / "f.nii.gz", moving=tmp_path / "m.nrrd", output=tmp_path / "out", overrides=overrides))
     warped = sitk.ReadImage(str(tmp_path / "out" / "warped.nii.gz"))
     source = sitk.ReadImage(str(tmp_path / "m.nrrd"))
     assert warped.GetNumberOfComponentsPerPixel() == 2
@@ -138,21 +144,21 @@ def test_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path
 def test_unequal_channels_are_compared_in_their_means(ndim: int) -> None:
     fixed, moving = stacked(ball(ndim), still(ndim)), stacked(ball(ndim, SHIFT))
     for pair, weights in (((fixed, moving), "[1,0]"), ((moving, fixed), "[0.9,0]")):
-        found = done(*pair, f"metric.channel_weights={weights}")
+        found = done(*pair, {"metric": {"channel_weights": weights}})
         assert any("compared in one" in text for text in found.report["warnings"])
         alone = done(*(image.channel(0) for image in pair))
         assert torch.allclose(found.displacements[0].data, alone.displacements[0].data, atol=0.05)
     assert done(moving, fixed).warped.data.shape[0] == 2
     with pytest.raises(InputError, match="has 3 numbers, the fixed image has 2 channels"):
-        done(fixed, moving, "metric.channel_weights=[1,1,1]")
+        done(fixed, moving, {"metric": {"channel_weights": [1, 1, 1]}})
 
 
 def test_time_points_are_no_channels() -> None:
     series = Image(torch.as_tensor(np.stack([ball(3), ball(3, 1.0)])), stacked(ball(3)).grid, (1.0, 0.0))
     fixed = stacked(ball(3))
-    assert len(done(fixed, series, "refine.iterations=1").displacements) == 2
+    assert len(done(fixed, series, {"refine": {"iterations": 1}}).displacements) == 2
     with pytest.raises(InputError, match="the fixed image has 1 channel"):
-        done(fixed, series, "metric.channel_weights=[1,1]")
+        done(fixed, series, {"metric": {"channel_weights": [1, 1]}})
 
 
 def picture(path: Path, *channels: np.ndarray) -> Path:
@@ -172,13 +178,13 @@ def test_colours_are_channels_and_grey_pictures_are_not(tmp_path: Path) -> None:
     # of a colour picture on a grey one, the luminance is what is compared
     plain = sitk.GetImageFromArray((0.299 * a + 0.587 * b + 0.114 * c).astype(np.float32))
     sitk.WriteImage(plain, str(tmp_path / "plain.mha"))
-    found = done(colours, read_image(tmp_path / "plain.mha"), "refine.iterations=0")
+    found = done(colours, read_image(tmp_path / "plain.mha"), {"refine": {"iterations": 0}})
     assert found.report["similarity"]["before"] == pytest.approx(1, abs=1e-4)
-    assert done(colours, colours, "refine.iterations=0").report["similarity"]["before"] == pytest.approx(1, abs=1e-4)
+    assert done(colours, colours, {"refine": {"iterations": 0}}).report["similarity"]["before"] == pytest.approx(1, abs=1e-4)
 
 
 def test_a_network_sees_one_channel_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     image, other = stacked(ball(2), still(2)), stacked(ball(2, SHIFT), still(2))
     caplog.set_level("INFO", logger="regtool")
-    done(image, other, "method=voxelmorph", "oneshot.iterations=2", "refine.iterations=2")
+    done(image, other, {"method": "voxelmorph", "oneshot": {"iterations": 2}, "refine": {"iterations": 2}})
     assert "the network sees one channel, the weighted mean of 2" in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import os
 import re
@@ -32,22 +31,25 @@ from regtool.cohort.table import row_of
 from regtool.cohort.tasks import Answer, Task
 from regtool.cohort.worker import Worker, attempt
 from regtool.config.schema import Parameters, Run
+from regtool.config.toml import merged
 from regtool.errors import InputError, OutputError, ParameterError, RegtoolError, UsageError
 from regtool.methods import build
 from regtool.methods.model_file import save_model
-from regtool.methods.resolve import resolve
+from regtool.methods.resolve import Resolved, resolve
 from regtool.report.cohort import cohort_html, ranking, robust_z
 from regtool.workflows import cohort as workflow
 from regtool.workflows import register as single
 from regtool.workflows.cohort import CohortEvent, Request, cohort
-from regtool.workflows.serve import perform
+from regtool.workflows.serve import perform, remembered
 from tests.cli.test_cli import call
-from tests.conftest import blobs
+from tests.conftest import blobs, set_options
 
-QUICK = (
-    "run.model=none", "align.method=none", "metric.name=mse", "refine.iterations=3", "refine.levels=1",
-    "run.qc=false", "run.threads=1", "run.device=cpu",
-)  # fmt: skip
+QUICK = {
+    "run": {"model": "none", "qc": False, "threads": 1, "device": "cpu"},
+    "align": {"method": "none"},
+    "metric": {"name": "mse"},
+    "refine": {"iterations": 3, "levels": 1},
+}
 SIZE = (20, 22, 24)
 DOOMED = """
 import json, os, pathlib, signal, sys
@@ -97,7 +99,7 @@ class Inline:
 
     def next(self, _: float) -> Answer | None:
         task = self.tasks.pop(0)
-        return attempt(Here(), replace(task, overrides=(*task.overrides, *self.own[0].overrides)), *self.limits)  # type: ignore[arg-type]
+        return attempt(Here(), replace(task, overrides=merged(task.overrides, self.own[0].overrides)), *self.limits)  # type: ignore[arg-type]
 
     def running(self) -> Mapping[str, float]:
         return {task.id: 0.0 for task in self.tasks[:1]}
@@ -164,7 +166,7 @@ def test_each_pair_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     script.write_text(DOOMED)
     monkeypatch.setattr(worker, "COMMAND", (sys.executable, str(script)))
     seen: list[CohortEvent] = []
-    report = cohort(Request(source, tmp_path / "out", overrides=QUICK, jobs=2, retry=1), seen.append)
+    report = cohort(Request(source=source, output=tmp_path / "out", overrides=QUICK, jobs=2, retry=1), seen.append)
     rows = {row["id"]: row for row in table(tmp_path / "out")}
     assert list(rows) == ["a", "killed", "once", "cut", "empty", "z"]
     assert {name: row["status"] for name, row in rows.items()} == {
@@ -177,17 +179,28 @@ def test_each_pair_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert report["exit_code"] == 5 and (report["ok"], report["failed"], report["not_run"]) == (3, 3, 0)
     assert {m.finished["id"] for m in seen if m.finished} == set(rows) and seen[-1].done == 6 and seen[-1].failed == 3
     for name, k in (("a", 0), ("z", 5)):
-        alone = single.Request(tmp_path / "in" / "fixed.nii.gz", tmp_path / "in" / f"m_{k}.nii.gz", tmp_path / "alone" / name, overrides=QUICK)
+        alone = single.Request(
+            fixed=tmp_path / "in" / "fixed.nii.gz", moving=tmp_path / "in" / f"m_{k}.nii.gz", output=tmp_path / "alone" / name, overrides=QUICK
+        )
         single.register(alone)
         for file in ("warped.nii.gz", "displacement.nii.gz"):
             assert (tmp_path / "alone" / name / file).read_bytes() == (tmp_path / "out" / name / file).read_bytes()
     assert not list((tmp_path / "out").rglob(".*"))
 
 
-def task_of(folder: Path, ndim: int = 2, *overrides: str) -> Task:
+def task_of(folder: Path, ndim: int = 2, *overrides: dict[str, Any]) -> Task:
     source = listed(folder, ndim, ("a",)).parent
     inputs = {"fixed": str(source / "fixed.nii.gz"), "moving": str(source / "m_0.nii.gz")}
-    return Task("a", str(folder / "out" / "a"), str(folder / "out"), inputs, None, (*QUICK, *overrides), False, "", {})
+    return Task(
+        id="a",
+        folder=str(folder / "out" / "a"),
+        cohort=str(folder / "out"),
+        inputs=inputs,
+        overrides=merged(QUICK, *overrides),
+        fix_header=False,
+        command="",
+        names={},
+    )
 
 
 def test_a_worker_that_takes_too_long_or_is_closed(tmp_path: Path) -> None:
@@ -227,11 +240,17 @@ def test_one_model_serves_all_pairs(tmp_path: Path) -> None:
     engine = build(parameters, 2)
     torch.nn.init.normal_(next(p for name, p in engine.named_parameters() if "head" in name and p.dim() > 1), std=0.05)
     save_model(tmp_path / "m.safetensors", engine, parameters, name="random", training={})
-    task = task_of(tmp_path, 2, f'run.model="{tmp_path}/m.safetensors"', "refine.iterations=0", "guard.max_folding_percent=100")
+    task = task_of(tmp_path, 2, {"run": {"model": f"{tmp_path}/m.safetensors"}, "refine": {"iterations": 0}, "guard": {"max_folding_percent": 100}})
     other = replace(task, folder=str(tmp_path / "out" / "b"), inputs={"fixed": task.inputs["moving"], "moving": task.inputs["fixed"]})
-    remembered = functools.lru_cache(maxsize=4)(resolve)
-    assert [perform(t, remembered).status for t in (other, task)] == ["ok", "ok"]
-    assert remembered.cache_info().misses == 1
+    asked: list[object] = []
+
+    def counted(*about: Any) -> Resolved:
+        asked.append(about)
+        return resolve(*about)
+
+    once = remembered(counted)
+    assert [perform(t, once).status for t in (other, task)] == ["ok", "ok"]
+    assert len(asked) == 1
     together = voxels(tmp_path / "out" / "a")
     assert perform(task, resolve).status == "ok" and voxels(tmp_path / "out" / "a") == together
     assert perform(replace(task, inputs={**task.inputs, "fixed": str(tmp_path / "gone.nii")}), remembered).exit_code == 3
@@ -245,7 +264,7 @@ def test_crashes_are_named(tmp_path: Path) -> None:
 
 def test_resume(tmp_path: Path, inline: None, nothing_to_do: Callable[[], None], ndim: int) -> None:
     source, out = listed(tmp_path, ndim), tmp_path / "out"
-    request = Request(source, out, overrides=QUICK)
+    request = Request(source=source, output=out, overrides=QUICK)
     report = cohort(request)
     assert report["status"] == "ok" and report["exit_code"] == 0 and report["skipped"] == 0
     before, images = table(out), voxels(out)
@@ -269,7 +288,7 @@ def test_resume(tmp_path: Path, inline: None, nothing_to_do: Callable[[], None],
 
 def test_what_is_written_is_what_register_reports(tmp_path: Path, inline: None) -> None:
     source, out = listed(tmp_path, 2), tmp_path / "out"
-    cohort(Request(source, out, overrides=(*QUICK, "qc.min_dice=0.999")))
+    cohort(Request(source=source, output=out, overrides=merged(QUICK, {"qc": {"min_dice": 0.999}})))
     for row in table(out):
         report = json.loads((out / row["id"] / "report.json").read_text())
         assert row["status"] == "qc_failed" and row["exit_code"] == "4" and row["error"].startswith("min_dice is 0.")
@@ -282,7 +301,7 @@ def test_what_is_written_is_what_register_reports(tmp_path: Path, inline: None) 
 
 def test_shards_share_a_folder(tmp_path: Path, inline: None) -> None:
     source, out = listed(tmp_path, 2, ("a", "b", "c", "d", "e")), tmp_path / "out"
-    request = Request(source, out, overrides=QUICK)
+    request = Request(source=source, output=out, overrides=QUICK)
     assert cohort(replace(request, shard=(2, 2)))["pairs"] == 2
     assert [row["status"] for row in table(out)] == ["not_run", "ok", "not_run", "ok", "not_run"]
     with pytest.raises(UsageError, match="--resume goes on|holds this cohort"):
@@ -298,14 +317,14 @@ def test_shards_share_a_folder(tmp_path: Path, inline: None) -> None:
 
 def test_another_cohort_is_refused(tmp_path: Path, inline: None) -> None:
     source, out = listed(tmp_path, 2, ("a", "b")), tmp_path / "out"
-    request = Request(source, out, overrides=QUICK)
+    request = Request(source=source, output=out, overrides=QUICK)
     cohort(request)
     again = replace(request, resume=True)
     with pytest.raises(UsageError, match="holds this cohort already"):
         cohort(request)
     with pytest.raises(ParameterError, match=r"refine\.iterations was 3, is 4"):
-        cohort(replace(again, overrides=(*QUICK, "refine.iterations=4")))
-    cohort(replace(again, overrides=(*QUICK, "run.threads=2", "run.max_memory_gb=8")))  # where and how fast, not what
+        cohort(replace(again, overrides=merged(QUICK, {"refine": {"iterations": 4}})))
+    cohort(replace(again, overrides=merged(QUICK, {"run": {"threads": 2, "max_memory_gb": 8}})))  # where and how fast, not what
     text = source.read_text()
     source.write_text(text.replace("m_1.nii.gz", "m_0.nii.gz"))
     with pytest.raises(UsageError, match=r"1 pairs have other files; b: moving was .*m_1.* is .*m_0"):
@@ -315,7 +334,7 @@ def test_another_cohort_is_refused(tmp_path: Path, inline: None) -> None:
         cohort(again)
     source.write_text(text + text.splitlines()[1].replace("a,", "new,", 1) + "\n")
     assert cohort(again)["skipped"] == 2  # a list may grow
-    assert cohort(replace(request, overwrite=True, overrides=(*QUICK, "refine.iterations=4")))["ok"] == 3
+    assert cohort(replace(request, overwrite=True, overrides=merged(QUICK, {"refine": {"iterations": 4}})))["ok"] == 3
     identity = (out / "cohort.json").read_text()
     (out / "cohort.json").write_text(identity.replace('"format": 1', '"format": 2'))
     with pytest.raises(InputError, match=r"cohort\.json: expected format 1, got 2; a newer regtool wrote it"):
@@ -346,13 +365,13 @@ def test_wrong_lists_are_refused_before_the_first_pair(
     source = listed(tmp_path, 2)
     source.write_text(rows + "\n")
     with pytest.raises(error, match=message):
-        cohort(Request(source, tmp_path / "out", overrides=QUICK))
+        cohort(Request(source=source, output=tmp_path / "out", overrides=QUICK))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_ends_the_run(tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = listed(tmp_path, 2, ("a", "b", "c", "d")), tmp_path / "out"
-    request, real = Request(source, out, overrides=QUICK), single.register
+    request, real = Request(source=source, output=out, overrides=QUICK), single.register
 
     def full(asked: Any, *rest: Any) -> Any:
         if asked.output.name == "c":
@@ -373,14 +392,14 @@ def test_a_full_disk_ends_the_run(tmp_path: Path, inline: None, monkeypatch: pyt
 def test_fail_fast(tmp_path: Path, inline: None) -> None:
     source = listed(tmp_path, 2)
     (tmp_path / "m_0.nii.gz").write_bytes(b"no image")
-    report = cohort(Request(source, tmp_path / "out", overrides=QUICK, fail_fast=True))
+    report = cohort(Request(source=source, output=tmp_path / "out", overrides=QUICK, fail_fast=True))
     assert (report["failed"], report["not_run"], report["exit_code"], report["status"]) == (1, 2, 3, "not_run")
 
 
 def test_signals_and_kill_9_then_resume(tmp_path: Path, inline: None, capfd: pytest.CaptureFixture[str]) -> None:
     """The command, ended in the middle by SIGTERM, then killed while resuming, and resumed again, against an uninterrupted run."""
     source = listed(tmp_path, 2, [f"p{k}" for k in range(6)])
-    command = ["cohort", str(source), "-o", str(tmp_path / "out"), *(x for override in QUICK for x in ("--set", override))]
+    command = ["cohort", str(source), "-o", str(tmp_path / "out"), *set_options(QUICK)]
     (tmp_path / "leisurely.py").write_text(LEISURELY)
     code = "import sys; from regtool.cohort import worker as w; w.COMMAND = sys.executable, sys.argv.pop(1); from regtool.cli.app import main; main()"
 
@@ -404,7 +423,7 @@ def test_signals_and_kill_9_then_resume(tmp_path: Path, inline: None, capfd: pyt
     resumed = call(capfd, *command, "--resume", "--json")
     report = json.loads(resumed.out)
     assert resumed.code == 0 and report["ok"] == 6 and 2 <= report["skipped"] < 6
-    cohort(Request(source, tmp_path / "whole", overrides=QUICK))
+    cohort(Request(source=source, output=tmp_path / "whole", overrides=QUICK))
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
     assert voxels(tmp_path / "out") == voxels(tmp_path / "whole")
 
@@ -428,7 +447,7 @@ def test_bids(tmp_path: Path, inline: None, nothing_to_do: Callable[[], None]) -
     raw = dataset(tmp_path / "raw", ["sub-01/anat/sub-01_T1w", "sub-02/ses-b/anat/sub-02_ses-b_run-1_T1w", "sub-02/ses-b/anat/sub-02_ses-b_T2w"])
     template = phantom(tmp_path, "tpl-MNI152NLin6Asym_res-02_T1w", 3, 0.0)
     out = tmp_path / "derived"
-    request = Request(None, out, bids_dir=raw, template=template, bids=True, overrides=(*QUICK, "run.inverse=true"))
+    request = Request(source=None, output=out, bids_dir=raw, template=template, bids=True, overrides=merged(QUICK, {"run": {"inverse": True}}))
     assert cohort(request)["ok"] == 2
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     stem = "sub-02/ses-b/anat/sub-02_ses-b_run-1"
@@ -455,7 +474,7 @@ def test_bids(tmp_path: Path, inline: None, nothing_to_do: Callable[[], None]) -
 def test_bids_names_that_collide(tmp_path: Path) -> None:
     source = listed(tmp_path, 2, ("a-1", "a1"))
     with pytest.raises(UsageError, match="a-1 and a1 would both become sub-a1"):
-        cohort(Request(source, tmp_path / "out", overrides=QUICK, bids=True))
+        cohort(Request(source=source, output=tmp_path / "out", overrides=QUICK, bids=True))
 
 
 def row(name: str, dice: float, **more: Any) -> dict[str, Any]:
@@ -508,11 +527,11 @@ def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "PATIENCE", 1)
     source = listed(tmp_path, 2)
     with pytest.raises(RegtoolError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
-        cohort(Request(source, tmp_path / "out", overrides=QUICK, scheduler="tcp://127.0.0.1:9"))
+        cohort(Request(source=source, output=tmp_path / "out", overrides=QUICK, scheduler="tcp://127.0.0.1:9"))
     assert {row["status"] for row in table(tmp_path / "out")} == {"not_run"}
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UsageError, match="not installed"):
-        cohort(Request(source, tmp_path / "out", overrides=QUICK, scheduler="tcp://127.0.0.1:9"))
+        cohort(Request(source=source, output=tmp_path / "out", overrides=QUICK, scheduler="tcp://127.0.0.1:9"))
 
 
 @pytest.mark.slow
@@ -540,12 +559,12 @@ def test_cluster_that_loses_a_worker(tmp_path: Path, inline: None) -> None:
                 if len(seen) == 4:
                     first.kill()
 
-        report = cohort(Request(source, tmp_path / "there", overrides=QUICK, scheduler=address), watch)
+        report = cohort(Request(source=source, output=tmp_path / "there", overrides=QUICK, scheduler=address), watch)
     finally:
         for process in reversed(running):
             process.kill()
             process.wait()
     assert report["ok"] == 12 and sorted(seen) == sorted({*seen}) and len(seen) == 12
-    cohort(Request(source, tmp_path / "here", overrides=QUICK))
+    cohort(Request(source=source, output=tmp_path / "here", overrides=QUICK))
     assert timeless(tmp_path / "here") == timeless(tmp_path / "there")
     assert voxels(tmp_path / "here") == voxels(tmp_path / "there")

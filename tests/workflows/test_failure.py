@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from regtool.config.toml import merged
 from regtool.errors import GeometryError, InputError, RegtoolError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
@@ -16,7 +18,7 @@ from regtool.io.images import write_image
 from regtool.workflows import register as module
 from regtool.workflows.register import Request, register
 
-QUICK = ("refine.iterations=2", "refine.levels=1", "run.threads=1", "align.method=none", "metric.name=ncc")
+QUICK = {"refine": {"iterations": 2, "levels": 1}, "run": {"threads": 1}, "align": {"method": "none"}, "metric": {"name": "ncc"}}
 LEFT = {"qc.html", "qc.png", "failed.json"}
 
 
@@ -35,9 +37,14 @@ def files(tmp_path: Path, ndim: int) -> dict[str, Path]:
     return {name: tmp_path / f"{name}.nii.gz" for name in images}
 
 
-def request(files: dict[str, Path], moving: str, *overrides: str, overwrite: bool = False) -> Request:
+def request(files: dict[str, Path], moving: str, *overrides: dict[str, Any], overwrite: bool = False) -> Request:
     return Request(
-        files["fixed"], files[moving], files["fixed"].parent / "out", overrides=(*QUICK, *overrides), overwrite=overwrite, command="regtool <b>"
+        fixed=files["fixed"],
+        moving=files[moving],
+        output=files["fixed"].parent / "out",
+        overrides=merged(QUICK, *overrides),
+        overwrite=overwrite,
+        command="regtool <b>",
     )
 
 
@@ -70,7 +77,7 @@ def test_images_of_another_dimension(files: dict[str, Path], ndim: int, tmp_path
 def test_next_run_needs_no_overwrite_and_clears_the_page(files: dict[str, Path]) -> None:
     with pytest.raises(GeometryError):
         register(request(files, "far"))
-    register(request(files, "moving", "run.qc=false"))
+    register(request(files, "moving", {"run": {"qc": False}}))
     assert not names(files) & LEFT
     assert "report.json" in names(files)
 
@@ -98,7 +105,7 @@ def test_interrupted_run_leaves_nothing(files: dict[str, Path], error: BaseExcep
 
 def test_nothing_is_left_without_a_page(files: dict[str, Path]) -> None:
     with pytest.raises(GeometryError):
-        register(request(files, "far", "run.qc=false"))
+        register(request(files, "far", {"run": {"qc": False}}))
     assert names(files) == set()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import regtool
 from regtool.config.schema import Parameters
+from regtool.config.toml import merged
 from regtool.errors import GeometryError, InputError, ModelError, OutOfMemory, UsageError
 from regtool.geometry.grid import Grid
 from regtool.geometry.images import Image
@@ -27,7 +29,13 @@ from regtool.report.files import report_text
 from regtool.workflows.register import Request, Result, register
 from tests.conftest import blobs, direction, smooth_field, to_sitk
 
-QUICK = ("method=voxelmorph", "refine.iterations=0", "oneshot.iterations=15", "engine.variant=vm1", "run.threads=1", "run.qc=false")
+QUICK = {
+    "method": "voxelmorph",
+    "refine": {"iterations": 0},
+    "oneshot": {"iterations": 15},
+    "engine": {"variant": "vm1"},
+    "run": {"threads": 1, "qc": False},
+}
 SHAPE = (30, 28, 24)
 
 
@@ -58,8 +66,8 @@ def saved(folder: Path, ndim: int, orientation: str = "oblique", suffix: str = "
     return paths
 
 
-def run(folder: Path, fixed: Path, moving: Path, *overrides: str, **more: object) -> Result:
-    return register(Request(fixed, moving, folder / "out", overrides=(*QUICK, *overrides), **more))  # type: ignore[arg-type]
+def run(folder: Path, fixed: Path, moving: Path, *overrides: dict[str, Any], **more: object) -> Result:
+    return register(Request(fixed=fixed, moving=moving, output=folder / "out", overrides=merged(QUICK, *overrides), **more))  # type: ignore[arg-type]
 
 
 def difference(a: sitk.Image, b: sitk.Image, spread: float) -> float:
@@ -69,8 +77,10 @@ def difference(a: sitk.Image, b: sitk.Image, spread: float) -> float:
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
 def test_sitk_alone_reproduces_warped(tmp_path: Path, ndim: int, orientation: str, suffix: str) -> None:
     fixed, moving = saved(tmp_path, ndim, orientation, suffix)
-    by_refining = ("run.model=none", "refine.iterations=8", "refine.diffusion=10", "run.threads=1", "run.qc=false", "run.inverse=true")
-    result = register(Request(fixed, moving, tmp_path / "out", overrides=(*by_refining, f'run.format="{suffix[1:]}"')))
+    by_refining = {"run": {"model": "none", "threads": 1, "qc": False, "inverse": True}, "refine": {"iterations": 8, "diffusion": 10}}
+    result = register(
+        Request(fixed=fixed, moving=moving, output=tmp_path / "out", overrides=merged(by_refining, {"run": {"format": str(suffix[1:])}}))
+    )
     out = tmp_path / "out"
     f, m = sitk.ReadImage(str(fixed)), sitk.ReadImage(str(moving))
     low, high = float(sitk.GetArrayFromImage(m).min()), float(sitk.GetArrayFromImage(m).max())
@@ -95,20 +105,20 @@ def test_sitk_alone_reproduces_warped(tmp_path: Path, ndim: int, orientation: st
 
 def test_the_written_parameters_repeat_the_run_bit_for_bit(tmp_path: Path, ndim: int) -> None:
     fixed, moving = saved(tmp_path, ndim)
-    first = run(tmp_path, fixed, moving, "run.seed=7", "oneshot.iterations=5")
-    again = register(Request(fixed, moving, tmp_path / "again", parameter_file=tmp_path / "out" / "parameters.toml"))
+    first = run(tmp_path, fixed, moving, {"run": {"seed": 7}, "oneshot": {"iterations": 5}})
+    again = register(Request(fixed=fixed, moving=moving, output=tmp_path / "again", parameter_file=tmp_path / "out" / "parameters.toml"))
     assert torch.equal(first.warped.data, again.warped.data)
     assert torch.equal(first.displacements[0].data, again.displacements[0].data)
     assert (tmp_path / "out" / "parameters.toml").read_text() == (tmp_path / "again" / "parameters.toml").read_text()
-    other = register(Request(fixed, moving, overrides=(*QUICK, "run.seed=8", "oneshot.iterations=5")))
+    other = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"run": {"seed": 8}, "oneshot": {"iterations": 5}})))
     assert not torch.equal(first.warped.data, other.warped.data)
 
 
 def test_b_after_a_equals_b_alone(tmp_path: Path) -> None:
     fixed, moving = saved(tmp_path, 2)
-    alone = register(Request(fixed, moving, overrides=QUICK))
-    register(Request(moving, fixed, overrides=QUICK))
-    after = register(Request(fixed, moving, overrides=QUICK))
+    alone = register(Request(fixed=fixed, moving=moving, overrides=QUICK))
+    register(Request(fixed=moving, moving=fixed, overrides=QUICK))
+    after = register(Request(fixed=fixed, moving=moving, overrides=QUICK))
     assert torch.equal(alone.warped.data, after.warped.data)
 
 
@@ -124,7 +134,7 @@ def test_python_call_takes_and_gives_simpleitk(ndim: int) -> None:
 def test_unrelated_images_are_never_made_worse(ndim: int) -> None:
     grid = Grid.regular((24, 20, 18)[:ndim])
     noise = [Image(torch.rand(1, *grid.shape, generator=torch.Generator().manual_seed(s)), grid) for s in (0, 1)]
-    report = register(Request(*noise, overrides=QUICK)).report
+    report = register(Request(fixed=noise[0], moving=noise[1], overrides=QUICK)).report
     assert report["similarity"]["after"] >= report["similarity"]["before"] - 1e-6
     assert report["jacobian"]["folding_percent"] <= 1
 
@@ -132,7 +142,13 @@ def test_unrelated_images_are_never_made_worse(ndim: int) -> None:
 def test_a_stage_that_does_not_help_is_rolled_back(tmp_path: Path) -> None:
     """An untrained network moves nothing; one that folds everywhere is refused."""
     fixed, _ = saved(tmp_path, 2)
-    result = register(Request(fixed, fixed, overrides=(*QUICK, "guard.max_folding_percent=0", "guard.repair_folds=false", "align.method=none")))
+    result = register(
+        Request(
+            fixed=fixed,
+            moving=fixed,
+            overrides=merged(QUICK, {"guard": {"max_folding_percent": 0, "repair_folds": False}, "align": {"method": "none"}}),
+        )
+    )
     assert result.report["similarity"]["after"] >= result.report["similarity"]["before"] - 1e-6
     if not result.report["stages"][1]["kept"]:
         assert float(result.displacements[0].data.abs().max()) == 0
@@ -141,22 +157,22 @@ def test_a_stage_that_does_not_help_is_rolled_back(tmp_path: Path) -> None:
 def test_alignment_bridges_headers_far_apart(tmp_path: Path, ndim: int) -> None:
     fixed, moving = phantom(ndim)
     far = Image(moving.data, replace(moving.grid, origin=tuple(o + 300 for o in moving.grid.origin)))
-    result = register(Request(fixed, far, overrides=QUICK))
+    result = register(Request(fixed=fixed, moving=far, overrides=QUICK))
     assert result.report["stages"][0]["kept"]
     assert result.report["similarity"]["after"] > result.report["similarity"]["before"]
     with pytest.raises(GeometryError, match="do not overlap") as error:
-        register(Request(fixed, far, overrides=(*QUICK, "align.method=none")))
+        register(Request(fixed=fixed, moving=far, overrides=merged(QUICK, {"align": {"method": "none"}})))
     assert "--align" in str(error.value.tip)
 
 
 def test_initial_transform(tmp_path: Path, ndim: int) -> None:
     fixed, moving = saved(tmp_path, ndim)
-    untrained = ("align.method=none", "oneshot.iterations=0")  # training would blow the last bit up
+    untrained = {"align": {"method": "none"}, "oneshot": {"iterations": 0}}  # training would blow the last bit up
     image = read_image(moving)
     write_image(Image(image.data, replace(image.grid, origin=tuple(o + 40 for o in image.grid.origin))), tmp_path / "shifted.nii.gz")
     write_transform(Transform((Affine(np.eye(ndim), np.full(ndim, 40.0)),)), tmp_path / "shift.tfm")
-    given = run(tmp_path, fixed, tmp_path / "shifted.nii.gz", f'run.initial_transform="{tmp_path / "shift.tfm"}"', *untrained)
-    straight = register(Request(fixed, moving, overrides=(*QUICK, *untrained)))
+    given = run(tmp_path, fixed, tmp_path / "shifted.nii.gz", {"run": {"initial_transform": str(tmp_path / "shift.tfm")}}, untrained)
+    straight = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, untrained)))
     assert torch.allclose(given.warped.data, straight.warped.data, atol=0.05)
     assert given.report["similarity"]["before"] == pytest.approx(straight.report["similarity"]["before"], abs=1e-5)
 
@@ -171,13 +187,20 @@ def test_bfloat16_changes_a_trained_networks_field_little(tmp_path: Path, ndim: 
     fixed, moving = phantom(ndim)
     full, low = (
         register(
-            Request(fixed, moving, overrides=(*QUICK, "guard.max_folding_percent=100", f'run.model="{tmp_path}/m.safetensors"', f"run.precision={p}"))
+            Request(
+                fixed=fixed,
+                moving=moving,
+                overrides=merged(QUICK, {"guard": {"max_folding_percent": 100}, "run": {"model": f"{tmp_path}/m.safetensors", "precision": p}}),
+            )
         )
         for p in ("float32", "bf16")
     )
     difference = (full.displacements[0].data - low.displacements[0].data).norm(dim=0)
     assert float(difference.quantile(0.99)) < 0.05
-    learned = [register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=3", f"run.precision={p}"))) for p in ("float32", "bf16")]
+    learned = [
+        register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"oneshot": {"iterations": 3}, "run": {"precision": p}})))
+        for p in ("float32", "bf16")
+    ]
     assert torch.equal(learned[0].warped.data, learned[1].warped.data)
 
 
@@ -208,7 +231,12 @@ def test_time_series(tmp_path: Path, mode: str) -> None:
     series = Image(torch.cat([moving.data, moving.data + 5]), moving.grid, time=(2.0, 0.0))
     write_image(fixed, tmp_path / "f.nii.gz")
     write_image(series, tmp_path / "m.nii.gz")
-    result = run(tmp_path, tmp_path / "f.nii.gz", tmp_path / "m.nii.gz", f"run.time={mode}", "oneshot.iterations=3", "guard.max_folding_percent=100")
+    result = run(
+        tmp_path,
+        tmp_path / "f.nii.gz",
+        tmp_path / "m.nii.gz",
+        {"run": {"time": mode}, "oneshot": {"iterations": 3}, "guard": {"max_folding_percent": 100}},
+    )
     assert read_image(tmp_path / "out" / "warped.nii.gz").data.shape == (2, *fixed.grid.shape)
     assert len(result.transforms) == (2 if mode == "each" else 1)
     names = {p.name for p in (tmp_path / "out").iterdir()}
@@ -220,9 +248,12 @@ def test_a_stage_that_is_rolled_back_names_its_time_point(monkeypatch: pytest.Mo
     fixed, moving = phantom(2)
     series = Image(torch.cat([moving.data, moving.data + 5]), moving.grid, time=(2.0, 0.0))
     for image, expected in ((series, ["time point 0: network", "time point 1: network"]), (moving, ["network"])):
-        report = register(Request(fixed, image, overrides=(*QUICK, "oneshot.iterations=2"))).report
+        report = register(Request(fixed=fixed, moving=image, overrides=merged(QUICK, {"oneshot": {"iterations": 2}}))).report
         assert [w for w in report["warnings"] if "rolled back" in w] == [f"{name} was rolled back: for the test" for name in expected]
-    assert [p["name"] for p in register(Request(fixed, series, overrides=(*QUICK, "oneshot.iterations=2"))).report["time_points"]] == [
+    assert [
+        p["name"]
+        for p in register(Request(fixed=fixed, moving=series, overrides=merged(QUICK, {"oneshot": {"iterations": 2}}))).report["time_points"]
+    ] == [
         "time point 0",
         "time point 1",
     ]
@@ -230,7 +261,7 @@ def test_a_stage_that_is_rolled_back_names_its_time_point(monkeypatch: pytest.Mo
 
 def test_thresholds_decide_the_status(tmp_path: Path) -> None:
     fixed, moving = saved(tmp_path, 2)
-    report = run(tmp_path, fixed, moving, "qc.min_similarity_gain=2", "oneshot.iterations=2").report
+    report = run(tmp_path, fixed, moving, {"qc": {"min_similarity_gain": 2}, "oneshot": {"iterations": 2}}).report
     assert report["status"] == "qc_failed"
     assert [c["name"] for c in report["qc"] if not c["passed"]] == ["min_similarity_gain"]
     assert (tmp_path / "out" / "report.json").exists()
@@ -238,28 +269,34 @@ def test_thresholds_decide_the_status(tmp_path: Path) -> None:
 
 def test_memory_is_planned(tmp_path: Path) -> None:
     fixed, moving = phantom(3)
-    free = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=0"))).report["planned_memory_mb"]
-    result = register(Request(fixed, moving, overrides=(*QUICK, "oneshot.iterations=2", f"run.max_memory_gb={(free - 3) / 1024 / LIMIT_SHARE}")))
+    free = register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"oneshot": {"iterations": 0}}))).report["planned_memory_mb"]
+    result = register(
+        Request(
+            fixed=fixed,
+            moving=moving,
+            overrides=merged(QUICK, {"oneshot": {"iterations": 2}, "run": {"max_memory_gb": (free - 3) / 1024 / LIMIT_SHARE}}),
+        )
+    )
     assert result.report["planned_memory_mb"] <= free - 3
     assert np.prod(result.report["grids"]["network"]["size"]) < np.prod(SHAPE)
     assert any("lowered" in w for w in result.report["warnings"])
     with pytest.raises(OutOfMemory, match="too little") as error:
-        register(Request(fixed, moving, overrides=(*QUICK, "run.max_memory_gb=0.01")))
+        register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, {"run": {"max_memory_gb": 0.01}})))
     assert error.value.exit_code == 5
 
 
 def test_bad_pairs(tmp_path: Path) -> None:
     flat, solid = phantom(2)[0], phantom(3)[0]
     with pytest.raises(GeometryError, match="2-D.*3-D"):
-        register(Request(flat, solid, overrides=QUICK))
+        register(Request(fixed=flat, moving=solid, overrides=QUICK))
     with pytest.raises(InputError, match="constant"):
-        register(Request(flat, Image(torch.ones_like(flat.data), flat.grid), overrides=QUICK))
+        register(Request(fixed=flat, moving=Image(torch.ones_like(flat.data), flat.grid), overrides=QUICK))
     with pytest.raises(UsageError, match="unknown method.*did you mean 'voxelmorph'"):
-        register(Request(flat, flat, overrides=(*QUICK, "method=voxelmorf")))
+        register(Request(fixed=flat, moving=flat, overrides=merged(QUICK, {"method": "voxelmorf"})))
     with pytest.raises((ModelError, InputError), match=r"none\.safetensors"):
-        register(Request(flat, flat, overrides=(*QUICK, f'run.model="{tmp_path}/none.safetensors"')))
+        register(Request(fixed=flat, moving=flat, overrides=merged(QUICK, {"run": {"model": f"{tmp_path}/none.safetensors"}})))
     with pytest.raises(UsageError, match="there is none"):
-        register(Request(flat, flat, overrides=(*QUICK, "run.device=mps")))
+        register(Request(fixed=flat, moving=flat, overrides=merged(QUICK, {"run": {"device": "mps"}})))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +308,7 @@ def test_existing_output_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         run(tmp_path, fixed, moving)
     assert (tmp_path / "out" / "report.json").read_text() == "mine"
-    run(tmp_path, fixed, moving, "oneshot.iterations=1", overwrite=True)
+    run(tmp_path, fixed, moving, {"oneshot": {"iterations": 1}}, overwrite=True)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["method"] == "voxelmorph"
 
@@ -279,6 +316,6 @@ def test_existing_output_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_cpu_and_cuda_agree(ndim: int) -> None:
     fixed, moving = phantom(ndim)
-    engine_free = ("oneshot.iterations=0", "align.method=moments")
-    results = [register(Request(fixed, moving, overrides=(*QUICK, *engine_free, f"run.device={d}"))) for d in ("cpu", "cuda")]
+    engine_free = {"oneshot": {"iterations": 0}, "align": {"method": "moments"}}
+    results = [register(Request(fixed=fixed, moving=moving, overrides=merged(QUICK, engine_free, {"run": {"device": d}}))) for d in ("cpu", "cuda")]
     assert torch.allclose(results[0].warped.data, results[1].warped.data, atol=1e-2)

@@ -22,6 +22,7 @@ import torch
 from regtool import methods as engines
 from regtool.cli.app import main
 from regtool.config.schema import Parameters
+from regtool.config.toml import merged
 from regtool.errors import DivergedError, InputError, OutOfMemory, OutputError, ParameterError, UsageError
 from regtool.io import checkpoints
 from regtool.io.checkpoints import read_checkpoint
@@ -33,9 +34,13 @@ from regtool.training.run import ProgressEvent
 from regtool.training.run_folder import STATE
 from regtool.workflows.train import Request, train
 from tests.cli.test_cli import call
-from tests.conftest import blobs, heeds_interrupts
+from tests.conftest import blobs, heeds_interrupts, set_options
 
-QUICK = ("train.validate_every=4", "train.checkpoint_every=4", "train.log_every=2", "train.learning_rate=1e-3", "run.threads=1", "align.method=none")
+QUICK = {
+    "train": {"validate_every": 4, "checkpoint_every": 4, "log_every": 2, "learning_rate": 0.001},
+    "run": {"threads": 1},
+    "align": {"method": "none"},
+}
 
 
 def write_images(folder: Path, ndim: int, count: int = 4, size: int = 24) -> None:
@@ -66,8 +71,8 @@ def data(tmp_path: Path, no_curves: None) -> Path:
     return folder
 
 
-def request(data: Path, output: Path, *overrides: str, method: str = "voxelmorph", **more: Any) -> Request:
-    return Request(data / "pairs.csv", output, None, (f"method={method}", *QUICK, *overrides), **more)
+def request(data: Path, output: Path, *overrides: dict[str, Any], method: str = "voxelmorph", **more: Any) -> Request:
+    return Request(data=data / "pairs.csv", output=output, overrides=merged({"method": method}, QUICK, *overrides), **more)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -90,7 +95,7 @@ def test_trains_from_lists_and_folders_and_the_model_registers(ndim: int, source
     if source == ".":
         for file in [*data.glob("labels*"), *data.glob("*.csv")]:
             file.unlink()
-    options = [x for override in (*QUICK, "engine.variant=vm1", "train.validation_share=0.5") for x in ("--set", override)]
+    options = set_options(merged(QUICK, {"engine": {"variant": "vm1"}, "train": {"validation_share": 0.5}}))
     with pytest.raises(SystemExit) as ended:
         main(["train", str(data / source), "-m", "voxelmorph", "-o", str(run), "--steps", "8", "--json", *options])
     assert ended.value.code == 0
@@ -114,41 +119,54 @@ def test_trains_from_lists_and_folders_and_the_model_registers(ndim: int, source
     assert ended.value.code == 0
 
 
-DEMANDING = (
-    "train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0", "train.batch_size=2", "train.warmup_steps=3", "augment.flip=0.5",
-    "augment.noise=0.1", "augment.elastic_voxels=2", "augment.rotation_degrees=10", "train.weight_decay=0.01",
-)  # fmt: skip
+DEMANDING = {
+    "train": {"accumulate": 2, "ema": 0.9, "clip_norm": 1.0, "batch_size": 2, "warmup_steps": 3, "weight_decay": 0.01},
+    "augment": {"flip": 0.5, "noise": 0.1, "elastic_voxels": 2, "rotation_degrees": 10},
+}
 
 
 @pytest.mark.parametrize("method", engines.names())
 def test_resumed_weights_are_those_of_an_uninterrupted_run(method: str, data: Path, tmp_path: Path) -> None:
     """Bit for bit, with dropout and batch statistics where the method has them, at a step that is no multiple of anything."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    small = ("engine.channels=[4, 4, 8]",) if method == "deformgan" else ()
-    train(request(data, whole, *DEMANDING, *small, "train.steps=7", method=method))
-    train(request(data, parts, *DEMANDING, *small, "train.steps=3", method=method))
-    train(request(data, parts, *DEMANDING, *small, "train.steps=7", method=method, resume=True))
+    small = {"engine": {"channels": [4, 4, 8]}} if method == "deformgan" else {}
+    train(request(data, whole, DEMANDING, small, {"train": {"steps": 7}}, method=method))
+    train(request(data, parts, DEMANDING, small, {"train": {"steps": 3}}, method=method))
+    train(request(data, parts, DEMANDING, small, {"train": {"steps": 7}}, method=method, resume=True))
     assert same(weights(whole), weights(parts))
     assert [r["step"] for r in history(parts)] == ["2.0", "3.0", "4", "6", "7"]
 
 
 def test_resuming_where_nothing_is_starts_from_the_beginning(data: Path, tmp_path: Path) -> None:
-    report = train(request(data, tmp_path / "run", "train.steps=2", resume=True))
+    report = train(request(data, tmp_path / "run", {"train": {"steps": 2}}, resume=True))
     assert report["steps"] == 2
     assert any("no state yet" in w for w in report["warnings"])
 
 
 def test_a_finished_run_resumes_to_itself(data: Path, tmp_path: Path) -> None:
-    first = train(request(data, tmp_path / "run", "train.steps=4"))
+    first = train(request(data, tmp_path / "run", {"train": {"steps": 4}}))
     before = weights(tmp_path / "run")
-    again = train(request(data, tmp_path / "run", "train.steps=4", resume=True))
+    again = train(request(data, tmp_path / "run", {"train": {"steps": 4}}, resume=True))
     assert same(before, weights(tmp_path / "run"))
     assert again["best_step"] == first["best_step"]
 
 
 def command(data: Path, run: Path, *more: str) -> list[str]:
-    sets = [x for override in QUICK for x in ("--set", override)]
-    return [sys.executable, "-m", "regtool", "train", str(data / "pairs.csv"), "-m", "voxelmorph", "-o", str(run), "--device", "cpu", *sets, *more]
+    return [
+        sys.executable,
+        "-m",
+        "regtool",
+        "train",
+        str(data / "pairs.csv"),
+        "-m",
+        "voxelmorph",
+        "-o",
+        str(run),
+        "--device",
+        "cpu",
+        *set_options(QUICK),
+        *more,
+    ]
 
 
 def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90, newer_than: int = 0) -> None:
@@ -174,7 +192,7 @@ def test_killed_at_any_moment_the_last_checkpoint_loads(data: Path, tmp_path: Pa
         steps = record["step"]
         assert any(name.startswith("optimiser/") for name in tensors)
         load_model(run / "model.safetensors", 2)
-    report = train(request(data, run, f"train.steps={steps + 2}", "train.validate_every=3", resume=True))
+    report = train(request(data, run, {"train": {"steps": steps + 2, "validate_every": 3}}, resume=True))
     assert report["steps"] == steps + 2
 
 
@@ -217,13 +235,13 @@ def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(data: P
         "main(sys.argv[2:])\n",
         encoding="utf-8",
     )
-    more = ("train.steps=4", "train.batch_size=2", "augment.flip=0.5", "run.device=cpu")
+    more = {"train": {"steps": 4, "batch_size": 2}, "augment": {"flip": 0.5}, "run": {"device": "cpu"}}
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 40000)]
-    asked = command(data, two, *(x for override in more for x in ("--set", override)))[3:]
+    asked = command(data, two, *set_options(more))[3:]
     done = subprocess.run([*launched, str(script), str(tmp_path), *asked], check=False, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert same(torch.load(tmp_path / "rank0.pt"), torch.load(tmp_path / "rank1.pt"))
-    train(request(data, tmp_path / "one", *more, "train.accumulate=2"))
+    train(request(data, tmp_path / "one", more, {"train": {"accumulate": 2}}))
     a, b = weights(tmp_path / "one"), weights(two)
     assert a.keys() == b.keys()
     for name in a:
@@ -241,7 +259,7 @@ def test_a_loss_that_is_no_number_stops_with_step_pair_and_term(data: Path, tmp_
 
     monkeypatch.setattr(Engine, "registration_losses", broken)
     with pytest.raises(DivergedError, match=r"step 6: diffusion is nan on p\d"):
-        train(request(data, tmp_path / "run", "train.steps=20"))
+        train(request(data, tmp_path / "run", {"train": {"steps": 20}}))
     tensors, record = read_checkpoint(tmp_path / "run" / STATE)
     assert record["step"] == 4
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
@@ -252,7 +270,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(data: Path, tmp_
     plain = torch.nn.utils.get_total_norm
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: plain(gradients) * float("inf"))
     with pytest.raises(DivergedError, match="step 1: the gradient of registration is inf"):
-        train(request(data, tmp_path / "run", "train.steps=20"))
+        train(request(data, tmp_path / "run", {"train": {"steps": 20}}))
 
 
 def test_a_full_disk_stops_the_training_and_leaves_the_old_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +287,7 @@ def test_a_full_disk_stops_the_training_and_leaves_the_old_checkpoint(data: Path
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OutputError, match="No space left") as error:
-        train(request(data, run, "train.steps=20"))
+        train(request(data, run, {"train": {"steps": 20}}))
     assert "disk is full" in str(error.value.tip)
     assert read_checkpoint(run / STATE)[1]["step"] == 4
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
@@ -277,12 +295,12 @@ def test_a_full_disk_stops_the_training_and_leaves_the_old_checkpoint(data: Path
 
 def test_a_resume_with_changed_parameters_names_them(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(request(data, run, "train.steps=2"))
+    train(request(data, run, {"train": {"steps": 2}}))
     with pytest.raises(ParameterError, match=r"train.learning_rate was 0.001, is 0.01") as error:
-        train(request(data, run, "train.learning_rate=0.01", resume=True))
+        train(request(data, run, {"train": {"learning_rate": 0.01}}, resume=True))
     assert "other" not in str(error.value).partition(":")[2]
     with pytest.raises(ParameterError, match=r"engine.variant was 'vm2', is 'vm1'; run.seed was 0, is 3"):
-        train(request(data, run, "engine.variant=vm1", "run.seed=3", resume=True))
+        train(request(data, run, {"engine": {"variant": "vm1"}, "run": {"seed": 3}}, resume=True))
     lines = (data / "pairs.csv").read_text(encoding="utf-8").splitlines()
     (data / "pairs.csv").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"other pairs: 4 \(\w+\), now 3"):
@@ -292,7 +310,7 @@ def test_a_resume_with_changed_parameters_names_them(data: Path, tmp_path: Path)
 @pytest.mark.parametrize("damage", ["cut", "foreign", "text", "other"])
 def test_an_unreadable_state_is_said(damage: str, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(request(data, run, "train.steps=2"))
+    train(request(data, run, {"train": {"steps": 2}}))
     state = run / STATE
     content = state.read_bytes()
     if damage == "other":
@@ -302,33 +320,38 @@ def test_an_unreadable_state_is_said(damage: str, data: Path, tmp_path: Path) ->
     else:
         state.write_bytes({"cut": content[:-100], "foreign": (run / "model.safetensors").read_bytes(), "text": b"hello"}[damage])
     with pytest.raises(InputError, match="state"):
-        train(request(data, run, "train.steps=4", resume=True))
+        train(request(data, run, {"train": {"steps": 4}}, resume=True))
 
 
 def test_a_run_is_not_overwritten_unasked(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(request(data, run, "train.steps=2"))
+    train(request(data, run, {"train": {"steps": 2}}))
     with pytest.raises(UsageError, match="holds a training already"):
         train(request(data, run))
     with pytest.raises(UsageError, match="exclude each other"):
         train(request(data, run, resume=True, overwrite=True))
     before = (run / STATE).read_bytes()
     with pytest.raises(InputError):  # a list that cannot be read costs nothing
-        train(Request(data / "nothing.csv", run, None, ("method=voxelmorph",), overwrite=True))
+        train(Request(data=data / "nothing.csv", output=run, overrides={"method": "voxelmorph"}, overwrite=True))
     assert (run / STATE).read_bytes() == before
-    assert train(request(data, run, "train.steps=3", overwrite=True))["steps"] == 3
+    assert train(request(data, run, {"train": {"steps": 3}}, overwrite=True))["steps"] == 3
 
 
 def test_a_loss_without_a_term_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(request(data, run, "train.steps=2"))
+    train(request(data, run, {"train": {"steps": 2}}))
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(ParameterError, match="nothing to learn from") as error:
-        train(request(data, run, "training_similarity.weight=0", "regularization.diffusion=0", "train.steps=2", overwrite=True))
+        train(request(data, run, {"training_similarity": {"weight": 0}, "regularization": {"diffusion": 0}, "train": {"steps": 2}}, overwrite=True))
     assert "training_similarity.weight" in str(error.value.tip)
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     assert train(
-        request(data, run, "training_similarity.weight=0", "regularization.diffusion=0", "supervision.dice=1", "train.steps=2", overwrite=True)
+        request(
+            data,
+            run,
+            {"training_similarity": {"weight": 0}, "regularization": {"diffusion": 0}, "supervision": {"dice": 1}, "train": {"steps": 2}},
+            overwrite=True,
+        )
     )
 
 
@@ -337,7 +360,7 @@ def test_bad_lists(data: Path, tmp_path: Path) -> None:
         path = data / "bad.csv"
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError) as error:
-            train(Request(path, tmp_path / "run", None, ("method=voxelmorph", *QUICK, "supervision.dice=1")))
+            train(Request(data=path, output=tmp_path / "run", overrides=merged({"method": "voxelmorph"}, QUICK, {"supervision": {"dice": 1}})))
         return error.value.what
 
     assert "no pairs" in tried("fixed,moving\n")
@@ -356,7 +379,7 @@ def test_a_training_too_large_says_which_grid_fits(data: Path, tmp_path: Path) -
     least, most = (training_bytes(Parameters(method="voxelmorph"), shape) / LIMIT_SHARE / 2**30 for shape in ((1, 1), (24, 28)))
     limit = (least + 2 * most) / 3
     with pytest.raises(OutOfMemory, match=r"28x24 voxels needs [\d.]+ GB, 0.\d+ GB may be used; the largest grid that fits is \d+x\d+") as error:
-        train(request(data, tmp_path / "run", f"run.max_memory_gb={limit}", "train.steps=1"))
+        train(request(data, tmp_path / "run", {"run": {"max_memory_gb": limit}, "train": {"steps": 1}}))
     assert "grid.max_voxels" in str(error.value.tip)
 
 
@@ -364,41 +387,41 @@ def test_tiny_images_train(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_images(data, 2, size=5)
-    assert train(request(data, tmp_path / "run", "train.steps=2"))["steps"] == 2
+    assert train(request(data, tmp_path / "run", {"train": {"steps": 2}}))["steps"] == 2
 
 
 def test_supervision_is_a_term_of_its_own(data: Path, tmp_path: Path) -> None:
     seen: list[ProgressEvent] = []
-    overrides = ("method=voxelmorph", *QUICK, "train.steps=2", "supervision.dice=0.5", "supervision.landmarks=0.1")
-    train(Request(data / "images.csv", tmp_path / "run", None, overrides), seen.append)
+    overrides = merged({"method": "voxelmorph"}, QUICK, {"train": {"steps": 2}, "supervision": {"dice": 0.5, "landmarks": 0.1}})
+    train(Request(data=data / "images.csv", output=tmp_path / "run", overrides=overrides), seen.append)
     assert {"lncc", "diffusion", "dice", "landmarks"} == set(seen[-1].terms)
     assert 0 <= seen[-1].terms["dice"] <= 0.5
 
 
 def test_time_ends_a_training(data: Path, tmp_path: Path) -> None:
-    report = train(request(data, tmp_path / "run", "train.max_minutes=0.0001", "train.steps=1000"))
+    report = train(request(data, tmp_path / "run", {"train": {"max_minutes": 0.0001, "steps": 1000}}))
     assert report["steps"] < 1000
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_an_atlas_is_the_fixed_image_of_every_pair(data: Path, tmp_path: Path) -> None:
-    overrides = ("method=voxelmorph", *QUICK, "train.steps=2")
-    report = train(Request(data / "images.csv", tmp_path / "run", None, overrides, atlas=data / "image0.mha"))
+    overrides = merged({"method": "voxelmorph"}, QUICK, {"train": {"steps": 2}})
+    report = train(Request(data=data / "images.csv", output=tmp_path / "run", overrides=overrides, atlas=data / "image0.mha"))
     assert report["pairs"] == 3
 
 
 def test_validation_list(data: Path, tmp_path: Path) -> None:
-    report = train(request(data, tmp_path / "run", "train.steps=2", validation=data / "images.csv"))
+    report = train(request(data, tmp_path / "run", {"train": {"steps": 2}}, validation=data / "images.csv"))
     assert (report["pairs"], report["validation_pairs"]) == (4, 12)
 
 
 def test_event_files_for_tensorboard(data: Path, tmp_path: Path) -> None:
-    train(request(data, tmp_path / "run", "train.steps=2", "train.tensorboard=true"))
+    train(request(data, tmp_path / "run", {"train": {"steps": 2, "tensorboard": True}}))
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.*"))
 
 
 def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path) -> None:
-    train(request(data, tmp_path / "run", "train.steps=6", "train.warmup_steps=2", "train.schedule=cosine", "train.log_every=1"))
+    train(request(data, tmp_path / "run", {"train": {"steps": 6, "warmup_steps": 2, "schedule": "cosine", "log_every": 1}}))
     rates = [float(r["learning_rate"]) for r in history(tmp_path / "run")]
     assert rates[0] == pytest.approx(0.5e-3)
     assert rates[2] == pytest.approx(1e-3 * (0.01 + 0.99 * (1 + np.cos(np.pi / 3)) / 2))
@@ -407,7 +430,7 @@ def test_the_learning_rate_rises_and_falls(data: Path, tmp_path: Path) -> None:
 
 def test_the_running_mean_is_what_is_kept(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(request(data, run, "train.steps=4", "train.ema=0.5", "train.validation_share=0"))
+    train(request(data, run, {"train": {"steps": 4, "ema": 0.5, "validation_share": 0}}))
     state, kept = weights(run), read_tensors(run / "model.safetensors")
     assert all(torch.equal(kept[name], state[f"mean/{name}"]) for name in kept)
     assert any(not torch.equal(kept[name], state[f"engine/{name}"]) for name in kept)
@@ -416,7 +439,7 @@ def test_the_running_mean_is_what_is_kept(data: Path, tmp_path: Path) -> None:
 def test_training_runs_in_a_thread_too(data: Path, tmp_path: Path) -> None:
     """Where signals cannot be handled."""
     found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(train(request(data, tmp_path / "run", "train.steps=2"))["steps"]))
+    thread = threading.Thread(target=lambda: found.append(train(request(data, tmp_path / "run", {"train": {"steps": 2}}))["steps"]))
     thread.start()
     thread.join()
     assert found == [2]
@@ -424,12 +447,12 @@ def test_training_runs_in_a_thread_too(data: Path, tmp_path: Path) -> None:
 
 def test_bf16_needs_a_gpu(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="bf16 needs a CUDA device"):
-        train(request(data, tmp_path / "run", "train.precision=bf16", "run.device=cpu"))
+        train(request(data, tmp_path / "run", {"train": {"precision": "bf16"}, "run": {"device": "cpu"}}))
 
 
 @pytest.mark.gpu
 def test_trains_on_cuda_in_bf16(data: Path, tmp_path: Path) -> None:
-    report = train(request(data, tmp_path / "run", "train.precision=bf16", "run.device=cuda", "train.steps=8"))
+    report = train(request(data, tmp_path / "run", {"train": {"precision": "bf16", "steps": 8}, "run": {"device": "cuda"}}))
     assert report["device"] == "cuda"
 
 
