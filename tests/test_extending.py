@@ -139,7 +139,7 @@ def test_a_method_trains_and_registers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("twoscale")
 def test_a_method_has_defaults_help_and_a_plan(ndim: int) -> None:
     assert "twoscale" in methods.names() and methods.summary("twoscale").startswith("Two scales")
-    parameters = methods.read_parameters(None, ("method=twoscale",))
+    parameters = methods.read_parameters(None, {"method": "twoscale"})
     assert (parameters.train.steps, parameters.training_similarity.name) == (200, "ncc")
     assert methods.parameters_of("twoscale")().model_dump() == {"widths": (8, 16), "coarse_share": 0.5}
     small, large = (training_bytes(parameters, (n,) * ndim) for n in (16, 48))
@@ -191,7 +191,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_method_may_import_torch_and_helpers_at_the_top(own: Path, ndim: int) -> None:
     (own / "still_helper.py").write_text(HELPER, encoding="utf-8")
     (own / "still.py").write_text(TORCH_AT_THE_TOP, encoding="utf-8")
-    parameters = methods.read_parameters(None, ("method=still",))
+    parameters = methods.read_parameters(None, {"method": "still"})
     assert parameters.train.steps == 14
     assert "still_helper" not in methods.names()
     images = torch.rand(2, 1, *[6] * ndim)

@@ -23,7 +23,7 @@ log = logging.getLogger("regtool")
 DRAWN = 16  # synthetic pairs in pairs.png
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProgressEvent:
     """What a watcher is told. terms: weighted, means since the last row of the history; is_new: a validation was just made."""
 
@@ -136,7 +136,17 @@ class TrainingRun:
             left = (section.steps - progress.step) * seconds_a_step
             if section.max_minutes is not None:
                 left = min(left, max(0.0, 60 * section.max_minutes - progress.seconds))
-            self.watch(ProgressEvent(progress, section.steps, terms, speed, left, peak_memory_mb(), is_new))
+            self.watch(
+                ProgressEvent(
+                    progress=progress,
+                    steps=section.steps,
+                    terms=terms,
+                    pairs_per_second=speed,
+                    seconds_left=left,
+                    memory_mb=peak_memory_mb(),
+                    is_new=is_new,
+                )
+            )
 
     def _save(self, last: bool) -> None:
         """A checkpoint; without held-out pairs the latest weights are the best ones."""
