@@ -114,8 +114,8 @@ def head_of(path: Path) -> bytes:
 
 
 def _suffixes(kind: Kind, written: bool = False) -> tuple[str, ...]:
-    """Those that formats share come last: they say the least."""
-    found = [suffix for d in _declared(kind) if d.written or not written for suffix in d.suffixes]
+    """First those that are written too; those that formats share come last, since they say the least."""
+    found = [suffix for d in sorted(_declared(kind), key=lambda d: not d.written) if d.written or not written for suffix in d.suffixes]
     return tuple(sorted(dict.fromkeys(found), key=found.count))
 
 
