@@ -14,6 +14,7 @@ from regtool.cli.grouped import grouped
 from regtool.cli.options import EXTRA, IMAGES, AnnotationOptions, FixHeader, PairOptions, ResultOptions, choice
 from regtool.config.choices import Protocol
 from regtool.errors import UsageError
+from regtool.io.formats import is_list
 
 if TYPE_CHECKING:
     from regtool.report.schema import Difference, EvaluationListReport, EvaluationReport, MeanFacts
@@ -123,7 +124,7 @@ def evaluate(
     `regtool evaluate pairs.csv --runs old/ --runs new/`
     """
     reporting.start_logs()
-    if pair.only is not None and (of_list.runs or _is_list(pair.only)):
+    if pair.only is not None and (of_list.runs or is_list(pair.only)):
         _refuse(of_pair, f"{pair.only} is a list of pairs", "the list itself names labels, landmarks and masks; --runs names the results")
         from regtool.workflows.evaluate import evaluate_list
 
@@ -216,10 +217,6 @@ def _difference(found: Difference, unit: str) -> str:
     p = found.p
     chance = "" if p != p else f", p {p:.2g}" if p >= 1e-4 else ", p < 0.0001"
     return f"{_interval(found.difference)}{unit}{chance}, n {found.difference.n}"
-
-
-def _is_list(path: Path) -> bool:
-    return path.suffix.lower() in (".csv", ".tsv") or (path.suffix.lower() == ".txt" and path.is_file())
 
 
 def _refuse(options: object, why: str, tip: str, *more: str) -> None:

@@ -23,6 +23,7 @@ from regtool.cli.options import (
     registration_overrides,
 )
 from regtool.errors import UsageError
+from regtool.io.formats import is_list
 
 if TYPE_CHECKING:
     from regtool.report.schema import RegistrationReport
@@ -96,7 +97,7 @@ def finetune_oneshot(
     overrides = registration_overrides(method, registration, written, run, learns=True)
     from regtool.config.toml import merged, nested
 
-    if images.only is not None and images.only.suffix.lower() == ".csv":
+    if images.only is not None and is_list(images.only):
         for_pair = [registration.initial_transform, written.inverse, written.format, *(getattr(images, name) for name in OF_ONE_PAIR)]
         if any(x is not None for x in for_pair) or adaptation.from_scratch:
             raise UsageError("this option is for one pair, not for a list", tip="masks, labels and landmarks are columns of the list")

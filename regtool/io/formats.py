@@ -67,6 +67,11 @@ def point_suffixes() -> tuple[str, ...]:
     return _suffixes("points")
 
 
+def is_list(path: Path) -> bool:
+    """Whether a name is one of a table of pairs or images, rather than of an image."""
+    return suffix_of(path) in (".csv", ".tsv") or (suffix_of(path) == ".txt" and path.is_file())
+
+
 def suffix_of(path: Path) -> str:
     """In lower case: `.nii.gz` for `a.b.nii.gz`, else the last one; "" where there is none."""
     name = path.name.lower()
