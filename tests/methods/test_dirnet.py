@@ -27,7 +27,7 @@ FITTING = [(v, n) for v, n in itertools.product(VARIANTS, (2, 3)) if (v, n) != (
 
 def made(ndim: int, size: tuple[int, ...] | None = None, wild: float = 0.0, **settings: Any) -> DIRNet:
     """In prediction mode; `wild`: how far its weights and running averages are from fresh ones."""
-    parameters = engines.read_parameters(None, merged({"method": "dirnet"}, {"grid": {"size": list(size)}} if size else []))
+    parameters = engines.read_parameters(None, merged({"method": "dirnet"}, {"grid": {"size": list(size)}} if size else {}))
     torch.manual_seed(0)
     engine = engines.build(parameters.model_copy(update={"engine": settings}), ndim)
     assert isinstance(engine, DIRNet)

@@ -241,9 +241,12 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
         train(Request(data=None, output=tmp_path, overrides={"method": "voxelmorph"}))
     with pytest.raises(ParameterError, match="nothing to learn from"):
         train(request(tmp_path, {"supervision": {"dice": 0, "displacement": 0}}))
-    for wrong, told in (("synthesis.size=[64]", "two or three numbers"), ("synthesis.labels=[9,3]", "lower one first"), ("synthesis.object=2", "1")):
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"size": [64]}, "two or three numbers"), ({"labels": [9, 3]}, "lower one first"), ({"object": 2}, "1"),
+    )  # fmt: skip
+    for wrong, told in cases:
         with pytest.raises(ParameterError, match=told):
-            train(request(tmp_path, wrong))
+            train(request(tmp_path, {"synthesis": wrong}))
 
 
 def test_the_images_similarity_can_be_a_term_too(tmp_path: Path) -> None:

@@ -127,12 +127,12 @@ def test_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path
     for name, image in (("two", stacked(ball(2), still(2))), ("one", stacked(ball(2)))):
         write_image(image, tmp_path / f"{name}.nii.gz")
     for pair, weights, words in (
-        (("two", "two"), "[1,2,3]", "has 3 numbers, the fixed image has 2 channels"),
-        (("one", "two"), "[1]", "has 1 number, the moving image has 2 channels"),
-        (("one", "one"), "[1,2]", "has 2 numbers, the fixed image has 1 channel"),
-        (("two", "two"), "[0,0]", "at least one of them above 0"),
-        (("two", "two"), "[1,-1]", "a number from 0 for each channel"),
-        (("two", "two"), "[]", "a number from 0 for each channel"),
+        (("two", "two"), [1, 2, 3], "has 3 numbers, the fixed image has 2 channels"),
+        (("one", "two"), [1], "has 1 number, the moving image has 2 channels"),
+        (("one", "one"), [1, 2], "has 2 numbers, the fixed image has 1 channel"),
+        (("two", "two"), [0, 0], "at least one of them above 0"),
+        (("two", "two"), [1, -1], "a number from 0 for each channel"),
+        (("two", "two"), [], "a number from 0 for each channel"),
     ):
         images = [tmp_path / f"{x}.nii.gz" for x in pair]
         answer = call(capfd, "register", *images, "-o", tmp_path / "out", "--set", f"metric.channel_weights={weights}")
@@ -143,7 +143,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path
 
 def test_unequal_channels_are_compared_in_their_means(ndim: int) -> None:
     fixed, moving = stacked(ball(ndim), still(ndim)), stacked(ball(ndim, SHIFT))
-    for pair, weights in (((fixed, moving), "[1,0]"), ((moving, fixed), "[0.9,0]")):
+    for pair, weights in (((fixed, moving), [1, 0]), ((moving, fixed), [0.9, 0])):
         found = done(*pair, {"metric": {"channel_weights": weights}})
         assert any("compared in one" in text for text in found.report["warnings"])
         alone = done(*(image.channel(0) for image in pair))
