@@ -9,6 +9,7 @@ import platform
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -93,6 +94,18 @@ class StopRequest:
     save: bool = False
 
 
+class StopWhenSet(StopRequest):
+    """Asks to end once an event is set, from another thread, say."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event, self.save = event, False
+
+    @property
+    def stop(self) -> int | None:  # type: ignore[override]
+        """0: no signal asks."""
+        return 0 if self._event.is_set() else None
+
+
 Graceful = Callable[[], AbstractContextManager[StopRequest]]  # around the part of a run that can save itself
 
 
@@ -135,29 +148,39 @@ def out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
+_GATHERING = Counter[int | None]()  # calls by thread
+
+
 @contextlib.contextmanager
 def gathered_warnings(once: bool = False) -> Iterator[list[str]]:
     """Every warning that regtool logs inside, for the report. once: of each kind only the first, for work on thousands of files."""
     found: list[str] = []
     kinds: set[str] = set()
+    thread = threading.get_ident()
+
+    def ours(record: logging.LogRecord) -> bool:
+        """Not of another call, which runs in another thread at the same time; threads that gather nothing work for a call."""
+        return record.thread == thread or not _GATHERING[record.thread]
 
     def first(record: logging.LogRecord) -> bool:
-        known = record.levelno == logging.WARNING and record.msg in kinds
+        known = ours(record) and record.levelno == logging.WARNING and record.msg in kinds
         kinds.add(record.msg)
         return not known
 
     class Gather(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.getMessage() not in found:
+            if ours(record) and record.getMessage() not in found:
                 found.append(record.getMessage())
 
     handler = Gather(level=logging.WARNING)
     log.addHandler(handler)
+    _GATHERING[thread] += 1
     if once:
         log.addFilter(first)
     try:
         yield found
     finally:
+        _GATHERING[thread] -= 1
         log.removeFilter(first)
         log.removeHandler(handler)
 

@@ -79,6 +79,27 @@ def test_a_failure_leaves_nothing_behind() -> None:
     assert changed(fails) == []
 
 
+@pytest.mark.parametrize("verb", ["warp", "warp_points", "evaluate", "jacobian", "transform", "train", "finetune_oneshot", "cohort"])
+def test_every_verb_leaves_nothing_behind(verb: str, tmp_path: Path) -> None:
+    for name, x in (("a", 20), ("b", 22)):
+        sitk.WriteImage(blob(x), str(tmp_path / f"{name}.nii.gz"))
+    a, b, pairs = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", tmp_path / "pairs.csv"
+    pairs.write_text("id,fixed,moving\np,a.nii.gz,b.nii.gz\nq,b.nii.gz,a.nii.gz\n", encoding="utf-8")
+    shift = sitk.TranslationTransform(2, (1.0, 2.0))
+    small: dict[str, Any] = {"method": "voxelmorph", "threads": 1, "overwrite": True, "settings": {"engine.variant": "vm1", "train.batch_size": 1}}
+    calls: dict[str, Callable[[], object]] = {
+        "warp": lambda: regtool.warp(b, shift, a, threads=1),
+        "warp_points": lambda: regtool.warp_points([[20.0, 20.0]], shift, origin="moving"),
+        "evaluate": lambda: regtool.evaluate(a, b, shift),
+        "jacobian": lambda: regtool.jacobian(shift, like=a),
+        "transform": lambda: regtool.transform.invert(shift),
+        "train": lambda: regtool.train(pairs, output=tmp_path / "run", steps=2, **small),
+        "finetune_oneshot": lambda: regtool.finetune_oneshot(a, b, output=tmp_path / "one", iterations=2, model="none", qc=False, **small),
+        "cohort": lambda: regtool.cohort(pairs, output=tmp_path / "study", overwrite=True, align="none", refine=2, model="none", qc=False),
+    }
+    assert changed(calls[verb]) == []
+
+
 def test_reading_leaves_nothing_behind(tmp_path: Path) -> None:
     sitk.WriteImage(blob(20), str(tmp_path / "a.nii.gz"))
     assert changed(lambda: read_image(tmp_path / "a.nii.gz")) == []
@@ -112,6 +133,30 @@ def test_two_threads_register_at_once() -> None:
         thread.join()
     for x, expected in alone.items():
         np.testing.assert_array_equal(found[x], expected)
+
+
+def test_two_threads_share_a_model() -> None:
+    """Read once, and both get what one alone gets, with its own warnings."""
+    given: dict[str, Any] = {"method": "voxelmorph", "align": "none", "refine": "none", "threads": 1}
+    images = {x: blob(x) for x in (22.0, 17.0)}
+    images[17.0][0, 0] = float("nan")
+    alone = {x: regtool.register(blob(20), image, **given) for x, image in images.items()}
+    found: dict[float, regtool.Registration] = {}
+
+    def work(x: float) -> None:
+        for _ in range(3):
+            found[x] = regtool.register(blob(20), images[x], **given)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in images]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for x, expected in alone.items():
+        np.testing.assert_array_equal(found[x].displacement.to_numpy(), expected.displacement.to_numpy())
+        assert found[x].report.warnings == expected.report.warnings
+    assert any("NaN" in warning for warning in found[17.0].report.warnings)
+    assert not any("NaN" in warning for warning in found[22.0].report.warnings)
 
 
 def test_seeded_numbers_are_torchs_own() -> None:

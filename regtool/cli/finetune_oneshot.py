@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from regtool.report.schema import RegistrationReport
     from regtool.workflows.train import Request as TrainingRequest
 
-UNTIL = "until-converged"
 OF_ONE_PAIR = ("fixed_mask", "moving_mask", "fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks")
 
 
@@ -95,7 +94,8 @@ def finetune_oneshot(
     from regtool.cli import STARTED
 
     overrides = registration_overrides(method, registration, written, run, learns=True)
-    from regtool.config.toml import merged, nested
+    from regtool.config.toml import merged
+    from regtool.workflows.finetune import steps_of_list, steps_of_pair
 
     if images.only is not None and is_list(images.only):
         for_pair = [registration.initial_transform, written.inverse, written.format, *(getattr(images, name) for name in OF_ONE_PAIR)]
@@ -103,8 +103,7 @@ def finetune_oneshot(
             raise UsageError("this option is for one pair, not for a list", tip="masks, labels and landmarks are columns of the list")
         if written.output is None:
             raise UsageError("no folder is named for the adapted model", tip="name one with -o")
-        if adaptation.iterations is not None:
-            overrides = merged(overrides, nested("train.steps", _steps(adaptation.iterations)))
+        overrides = merged(overrides, steps_of_list(adaptation.iterations))
         from regtool.workflows.train import Request as TrainingRequest
 
         site = TrainingRequest(
@@ -131,7 +130,7 @@ def finetune_oneshot(
         moving=moving,
         output=folder,
         parameter_file=method.parameter_file,
-        overrides=merged(_steps_of_pair(adaptation.iterations), overrides),
+        overrides=merged(steps_of_pair(adaptation.iterations), overrides),
         overwrite=reporting.overwrite,
         command=command_line(),
         started=STARTED,
@@ -154,23 +153,6 @@ def _site(request: TrainingRequest, reporting: ResultOptions) -> int:
     if report is not None:  # of several processes the first one talks
         emit(report, train.summary(report, request.output), reporting.as_json)
     return 0
-
-
-def _steps_of_pair(iterations: str | None) -> dict[str, Any]:
-    """What --iterations asks of the parameters."""
-    from regtool.workflows.finetune import CONVERGED
-
-    if iterations is None:
-        return {}
-    return CONVERGED if iterations == UNTIL else {"oneshot": {"iterations": _steps(iterations)}}
-
-
-def _steps(iterations: str) -> int:
-    if iterations == UNTIL:
-        return 3000
-    if not iterations.isdecimal() or int(iterations) == 0:
-        raise UsageError(f"--iterations {iterations}: expected a number above zero, or {UNTIL}", tip="50 steps are usual")
-    return int(iterations)
 
 
 def _summary(report: RegistrationReport, output: Path) -> list[tuple[str, str]]:

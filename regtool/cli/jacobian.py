@@ -60,7 +60,7 @@ def jacobian(
         "jacobian": asdict(statistics),
         "nondiffeomorphic_volume_percent": volume,
         "voxels": found.voxels,
-        "size": list(found.grid.size),
+        "size": list(found.image.grid.size),
     }
     table = [
         ("determinant", f"{statistics.min:.4f} to {statistics.max:.4f}, mean {statistics.mean:.4f}"),

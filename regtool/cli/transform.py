@@ -160,7 +160,7 @@ def info(
     for k, part in enumerate(found.parts, start=1):
         table += [(f"{k}. {part['kind']}", "")]
         table += [(f"   {name.replace('_', ' ')}", _shown(value)) for name, value in part.items() if name != "kind"]
-    emit({"path": str(found.path), "dimension": found.ndim, "parts": list(found.parts)}, table, reporting.as_json)
+    emit({"path": str(transform), "dimension": found.ndim, "parts": list(found.parts)}, table, reporting.as_json)
 
 
 def _written(paths: tuple[Path, ...]) -> list[tuple[str, str]]:

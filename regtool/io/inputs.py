@@ -1,4 +1,4 @@
-"""A pair in files: both images, and what is known of them besides, checked against each other."""
+"""A pair in files or in memory: both images, and what is known of them besides, checked against each other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from regtool.errors import InputError, UsageError
+from regtool.errors import GeometryError, InputError, UsageError
 from regtool.geometry.images import Annotations, Image, Labels, Landmarks
 from regtool.geometry.sampling import resample
-from regtool.io.images import read_image, read_labels
+from regtool.io.images import Source, read_image, read_labels
 from regtool.io.points import read_points
 
 log = logging.getLogger("regtool")
@@ -17,16 +17,16 @@ log = logging.getLogger("regtool")
 
 @dataclass(frozen=True, kw_only=True)
 class PairFiles:
-    """Where a pair comes from. fixed, moving: a path, or an image in memory; fix_header: repair directions and spacings that cannot be."""
+    """Where a pair comes from, paths or what is in memory already. fix_header: repair directions and spacings that cannot be."""
 
-    fixed: Path | Image
-    moving: Path | Image
-    fixed_mask: Path | None = None
-    moving_mask: Path | None = None
-    fixed_labels: Path | None = None
-    moving_labels: Path | None = None
-    fixed_landmarks: Path | None = None
-    moving_landmarks: Path | None = None
+    fixed: Source | Image
+    moving: Source | Image
+    fixed_mask: Source | None = None
+    moving_mask: Source | None = None
+    fixed_labels: Source | None = None
+    moving_labels: Source | None = None
+    fixed_landmarks: Path | Landmarks | None = None
+    moving_landmarks: Path | Landmarks | None = None
     fix_header: bool = False
 
 
@@ -43,18 +43,24 @@ def read_pair(files: PairFiles) -> tuple[Image, Image, Annotations]:
 
 
 def _read_images(files: PairFiles) -> tuple[Image, Image]:
-    fixed, moving = (x if isinstance(x, Image) else read_image(x, files.fix_header) for x in (files.fixed, files.moving))
+    sources = ("fixed image", files.fixed), ("moving image", files.moving)
+    fixed, moving = (x if isinstance(x, Image) else read_image(x, files.fix_header, name) for name, x in sources)
     if fixed.time is not None:
         log.warning("the fixed image is a time series; its mean over time is used")
         fixed = Image(fixed.data.mean(dim=0, keepdim=True), fixed.grid)
     return fixed, moving
 
 
-def _mask(path: Path | None, name: str, image: Image, fix_header: bool) -> Image | None:
+def named(source: object) -> str:
+    """What an error or a report calls an input: its path, or `in memory`."""
+    return str(source) if isinstance(source, Path) else "in memory"
+
+
+def _mask(source: Source | None, name: str, image: Image, fix_header: bool) -> Image | None:
     """1 where the file is above zero. InputError for an empty mask, one of another dimension, or one that lies elsewhere than its image."""
-    if path is None:
+    if source is None:
         return None
-    read = read_image(path, fix_header)
+    read, path = read_image(source, fix_header, f"{name} mask"), named(source)
     mask = Image((read.data.mean(dim=0, keepdim=True) > 0).float(), read.grid)
     if mask.grid.ndim != image.grid.ndim:
         raise InputError(f"the {name} mask {path} is {mask.grid.ndim}-D, its image {image.grid.ndim}-D", tip=f"check --{name}-mask")
@@ -71,9 +77,9 @@ def _labels(files: PairFiles, fixed: Image, moving: Image) -> tuple[Labels, Labe
     """UsageError where labels are given for one image only, InputError where they do not lie on their image."""
     if not _both(files.fixed_labels, files.moving_labels, "labels"):
         return None
-    assert files.fixed_labels and files.moving_labels
+    assert files.fixed_labels is not None and files.moving_labels is not None
     found = read_labels(files.fixed_labels, files.fix_header), read_labels(files.moving_labels, files.fix_header)
-    paths = files.fixed_labels, files.moving_labels
+    paths = named(files.fixed_labels), named(files.moving_labels)
     for name, path, labels, image in zip(("fixed", "moving"), paths, found, (fixed, moving), strict=True):
         if labels.grid.ndim != image.grid.ndim:
             raise InputError(f"the {name} labels are {labels.grid.ndim}-D, their image is {image.grid.ndim}-D", tip=f"check --{name}-labels {path}")
@@ -87,8 +93,8 @@ def _labels(files: PairFiles, fixed: Image, moving: Image) -> tuple[Labels, Labe
 def _landmarks(files: PairFiles, fixed: Image, moving: Image) -> tuple[Landmarks, Landmarks] | None:
     if not _both(files.fixed_landmarks, files.moving_landmarks, "landmarks"):
         return None
-    assert files.fixed_landmarks and files.moving_landmarks
-    found = read_points(files.fixed_landmarks, ndim=fixed.grid.ndim), read_points(files.moving_landmarks, ndim=moving.grid.ndim)
+    assert files.fixed_landmarks is not None and files.moving_landmarks is not None
+    found = _points(files.fixed_landmarks, fixed.grid.ndim), _points(files.moving_landmarks, moving.grid.ndim)
     if len(found[0].points) != len(found[1].points):
         raise InputError(
             f"{len(found[0].points)} fixed landmarks but {len(found[1].points)} moving ones", tip="both files need the same points in the same order"
@@ -105,7 +111,15 @@ def _landmarks(files: PairFiles, fixed: Image, moving: Image) -> tuple[Landmarks
     return found
 
 
-def _both(fixed: Path | None, moving: Path | None, what: str) -> bool:
+def _points(source: Path | Landmarks, ndim: int) -> Landmarks:
+    if isinstance(source, Path):
+        return read_points(source, ndim=ndim)
+    if source.points.shape[1] != ndim:
+        raise GeometryError(f"landmarks of {source.points.shape[1]} coordinates do not lie in an image of {ndim} dimensions")
+    return source
+
+
+def _both(fixed: object, moving: object, what: str) -> bool:
     if (fixed is None) != (moving is None):
         raise UsageError(f"{what} are given for one image only", tip=f"--fixed-{what} and --moving-{what} go together")
     return fixed is not None

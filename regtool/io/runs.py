@@ -50,8 +50,9 @@ def pairs_with_results(
     return [pair for pair in pairs if not any(pair.id in ids for ids in missing.values())], missing
 
 
-def inverse_beside(transforms: Sequence[Path]) -> Path | None:
+def inverse_beside(transforms: Sequence[object]) -> Path | None:
     """The inverse beside the transform, where there is just one and it is a folder that `register --inverse` wrote."""
-    if len(transforms) != 1 or not transforms[0].is_dir():
+    folder = transforms[0] if len(transforms) == 1 else None
+    if not isinstance(folder, Path) or not folder.is_dir():
         return None
-    return next(iter(sorted(transforms[0].glob("inverse_displacement.*"))), None)
+    return next(iter(sorted(folder.glob("inverse_displacement.*"))), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from regtool.io.models import bundled_model, find_model, is_bundled, read_card
 from regtool.methods import engine_section, names, read_parameters
 from regtool.methods.base import Engine
 from regtool.methods.model_file import load_model
+from regtool.runtime import gathered_warnings
 
 log = logging.getLogger("regtool")
 DEFAULT_METHOD: str | None = "pyramid"  # of `register` without -m, where its weights for the dimension are in the package
@@ -35,6 +38,9 @@ class Resolved:
     card: dict[str, Any] | None = None
     model: Path | None = None
     by_default: bool = False
+
+
+Resolver = Callable[[Path | None, Mapping[str, Any], int | None], Resolved]
 
 
 def resolve(parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int | None) -> Resolved:
@@ -75,6 +81,39 @@ def resolve(parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int
         model=path,
         by_default=asked.method is None and asked.run.model is None,
     )
+
+
+class Remembered:
+    """`resolve` that keeps what the last few calls came to, weights included, as long as parameter file and model are as they were.
+
+    What is kept is shared by all who ask: its network is not to be changed. Threads may call at once.
+    """
+
+    def __init__(self, resolver: Resolver = resolve, most: int = 4) -> None:
+        self._resolve, self._most, self._lock = resolver, most, threading.Lock()
+        self._known: dict[tuple[object, ...], tuple[Resolved, list[str], object]] = {}
+
+    def __call__(self, parameter_file: Path | None, overrides: Mapping[str, Any], ndim: int | None) -> Resolved:
+        """As `resolve`; warnings are said again."""
+        key = (parameter_file, json.dumps(overrides, sort_keys=True, default=str), ndim, Path.cwd())
+        with self._lock:
+            known = self._known.pop(key, None)
+            if known is not None and known[2] == _stamps(parameter_file, known[0].model):
+                for warning in known[1]:
+                    log.warning("%s", warning)
+            else:
+                with gathered_warnings() as warnings:
+                    resolved = self._resolve(parameter_file, overrides, ndim)
+                known = resolved, warnings, _stamps(parameter_file, resolved.model)
+            self._known[key] = known
+            if len(self._known) > self._most:
+                del self._known[next(iter(self._known))]  # the one that nobody has asked for longest
+        return known[0]
+
+
+def _stamps(*files: Path | None) -> list[tuple[int, int] | None]:
+    """By which a changed file is known."""
+    return [(file.stat().st_mtime_ns, file.stat().st_size) if file is not None and file.exists() else None for file in files]
 
 
 def _bundled(asked: Parameters, ndim: int | None) -> Path | None:

@@ -15,15 +15,13 @@ from typing import Any, Protocol
 
 from regtool.config.resolve import dump
 from regtool.geometry.images import Labels
-from regtool.geometry.inversion import invert
 from regtool.geometry.sampling import transform_points, warp, warp_labels
 from regtool.io.files import staged_folder, write_text
 from regtool.io.images import write_displacement, write_image, write_labels
 from regtool.io.transforms import write_transform
-from regtool.registration.pipeline import Registered
 from regtool.report.content import Frame, LandmarkErrors, PageContent
 from regtool.report.files import PAGE, PICTURE, write_page, write_report
-from regtool.report.schema import FAILED, REPORT, InverseResidual, Outputs, RegistrationReport
+from regtool.report.schema import FAILED, REPORT, Outputs, RegistrationReport
 from regtool.result.outcome import Outcome, RunStart
 from regtool.result.report import failure_report, up_to_date
 
@@ -40,13 +38,11 @@ class OutputHook(Protocol):
 
 
 def write_folder(outcome: Outcome, report: RegistrationReport, output: Path, hook: OutputHook | None = None) -> RegistrationReport:
-    """All of the output folder or nothing; the report as it is written, with its `outputs`, `seconds` and, with an inverse, its residual."""
+    """All of the output folder or nothing; the report as it is written, with its `outputs` and `seconds`."""
     start, run = outcome.start, outcome.start.resolved.parameters.run
     with staged_folder(output) as stage:
         with start.clock("write"):
-            outputs, residuals = _write_images(outcome, stage)
-            said = {"outputs": outputs, "inverse_residual_mm": residuals, "folder": str(output.resolve())}
-            report = report.model_copy(update=said)
+            report = report.model_copy(update={"outputs": _write_images(outcome, stage), "folder": str(output.resolve())})
             write_text(stage / "parameters.toml", _parameters(start, hook.verb if hook else "register"))
             report = hook.write(outcome, report, stage, output.resolve().name) if hook else report
         if run.qc:
@@ -93,32 +89,29 @@ def _leave(error: Exception, start: RunStart, output: Path) -> None:
         log.warning("what is known of the failed run stands in %s", output / PAGE)
 
 
-def _write_images(outcome: Outcome, stage: Path) -> tuple[Outputs, Any]:
-    """The warped image and labels, and of each time point the field, the transform and perhaps the inverse, with its residual."""
+def _write_images(outcome: Outcome, stage: Path) -> Outputs:
+    """The warped image and labels, and of each time point the field, the transform and perhaps the inverse."""
     done, ending = outcome.done, outcome.start.resolved.parameters.run.format
     files: dict[str, Any] = {"warped": f"warped.{ending}"}
     write_image(outcome.warped, stage / files["warped"])
-    written = [_write_one(outcome, one, stage, f"_t{t:03d}" if len(done) > 1 else "") for t, one in enumerate(done)]
-    names, residuals = [found for found, _ in written], tuple(residual for _, residual in written if residual is not None)
+    names = [_write_one(outcome, t, stage, f"_t{t:03d}" if len(done) > 1 else "") for t in range(len(done))]
     files |= {kind: names[0][kind] if len(done) == 1 else tuple(found[kind] for found in names) for kind in names[0]}
     if outcome.scores.warped_labels is not None:
         files["warped_labels"] = f"warped_labels.{ending}"
         write_labels(outcome.scores.warped_labels, stage / files["warped_labels"])
-    return Outputs(**files), (residuals[0] if len(done) == 1 else residuals) if residuals else None
+    return Outputs(**files)
 
 
-def _write_one(outcome: Outcome, one: Registered, stage: Path, tag: str) -> tuple[dict[str, str], InverseResidual | None]:
+def _write_one(outcome: Outcome, index: int, stage: Path, tag: str) -> dict[str, str]:
     """Names by kind."""
-    start, run = outcome.start, outcome.start.resolved.parameters.run
+    start, run, one = outcome.start, outcome.start.resolved.parameters.run, outcome.done[index]
     files = {"displacement": f"displacement{tag}.{run.format}", "transform": f"transform{tag}.h5"}
     write_displacement(one.displacement, stage / files["displacement"])
     write_transform(one.transform, stage / files["transform"], start.fixed.grid)
-    if not run.inverse:
-        return files, None
-    inverse, residual = invert(one.transform, start.moving.grid)
-    files["inverse"] = f"inverse_displacement{tag}.{run.format}"
-    write_displacement(inverse, stage / files["inverse"])
-    return files, InverseResidual(mean=residual.mean_mm, max=residual.max_mm, covered_percent=residual.covered_percent)
+    if outcome.inverses:
+        files["inverse"] = f"inverse_displacement{tag}.{run.format}"
+        write_displacement(outcome.inverses[index][0], stage / files["inverse"])
+    return files
 
 
 def _parameters(start: RunStart, verb: str) -> str:

@@ -11,7 +11,8 @@ import torch
 
 from regtool.evaluation.summary import annotation_metrics
 from regtool.geometry.images import Annotations, Image, Labels
-from regtool.geometry.transforms import Transform
+from regtool.geometry.inversion import Residual
+from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.methods.resolve import Resolved
 from regtool.registration.pipeline import Registered
 from regtool.runtime import Clock
@@ -67,10 +68,14 @@ class AnnotationScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run has found. warped: the moving image, all its time points; done: one for each time point that was registered."""
+    """What a run has found. warped: the moving image, all its time points; done: one for each time point that was registered.
+
+    inverses: from moving to fixed for each of them, empty where none was asked for.
+    """
 
     start: RunStart
     device: torch.device
     warped: Image
     done: tuple[Registered, ...]
+    inverses: tuple[tuple[DisplacementField, Residual], ...]
     scores: AnnotationScores

@@ -24,6 +24,7 @@ from regtool.report.schema import (
     GridFacts,
     Grids,
     ImageFacts,
+    InverseResidual,
     Jacobian,
     ModelFacts,
     Outputs,
@@ -62,6 +63,7 @@ def report_of(outcome: Outcome) -> RegistrationReport:
         command=start.command,
         warnings=tuple(start.warnings),
         qc=checks,
+        inverse_residual_mm=_residuals(outcome),
         time_points=series,
         losses=tuple(round(x, 6) for x in first.losses) or None,
         before=_scores(outcome.scores.before),
@@ -140,6 +142,12 @@ def _findings(one: Registered) -> dict[str, Any]:
         "displacement_mm": DisplacementLength(mean=float(length.mean()), max=float(length.max())),
         "stages": tuple(StageFacts(**asdict(stage) | {"seconds": round(stage.seconds, 3)}) for stage in one.stages),
     }
+
+
+def _residuals(outcome: Outcome) -> InverseResidual | tuple[InverseResidual, ...] | None:
+    """How far each inverse misses."""
+    found = tuple(InverseResidual(mean=r.mean_mm, max=r.max_mm, covered_percent=r.covered_percent) for _, r in outcome.inverses)
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def _grid_facts(grid: Grid | None) -> GridFacts | None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from regtool.cohort import bids
-from regtool.cohort.cluster import ClusterPool
-from regtool.cohort.folder import LOGS, PAGE, RESULTS, PairFolder, read_identity, write_identity
-from regtool.cohort.pools import LocalPool, Pool, shares
-from regtool.cohort.table import row_of, write_results
-from regtool.cohort.tasks import Answer, Task
+from regtool.cohorts import bids
+from regtool.cohorts.cluster import ClusterPool
+from regtool.cohorts.folder import LOGS, PAGE, RESULTS, PairFolder, read_identity, write_identity
+from regtool.cohorts.pools import LocalPool, Pool, shares
+from regtool.cohorts.table import row_of, write_results
+from regtool.cohorts.tasks import Answer, Task
 from regtool.config.schema import Parameters, Run
 from regtool.config.toml import merged
 from regtool.errors import OutputError, ParameterError, UsageError

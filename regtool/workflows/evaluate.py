@@ -16,11 +16,11 @@ from regtool.evaluation.runs import Case, cases_csv, summarized
 from regtool.evaluation.summary import LABEL_INTERPOLATION
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.files import refuse_existing, write_text
-from regtool.io.inputs import PairFiles, read_pair
+from regtool.io.inputs import PairFiles, named, read_pair
 from regtool.io.learn2reg import is_learn2reg, read_learn2reg
 from regtool.io.pairs import EXTRAS, Pair, read_list
 from regtool.io.runs import find_result, inverse_beside, pairs_with_results, run_names
-from regtool.io.transforms import read_transform
+from regtool.io.transforms import TransformSource, read_transform
 from regtool.registration.pipeline import check_pair
 from regtool.report.schema import EvaluationListReport, EvaluationReport, FailedCase, Scores
 from regtool.runtime import gathered_warnings, out_of_memory_explained
@@ -31,7 +31,9 @@ log = logging.getLogger("regtool")
 PairCallback = Callable[[str, int, int], None]  # what, how many are done, of how many
 
 
-def evaluate(files: PairFiles, transforms: Sequence[Path] = (), inverse: Path | None = None, protocol: Protocol = "regtool") -> EvaluationReport:
+def evaluate(
+    files: PairFiles, transforms: Sequence[TransformSource] = (), inverse: TransformSource | None = None, protocol: Protocol = "regtool"
+) -> EvaluationReport:
     """One pair, as `evaluate --json` prints it: `before`, and with a transform `after`; a missing input leaves its keys out.
 
     transforms: in the order points travel from fixed to moving; inverse: from moving to fixed, left out: that of the folder which
@@ -47,9 +49,9 @@ def evaluate(files: PairFiles, transforms: Sequence[Path] = (), inverse: Path | 
         before = pair.before()
         after = _after(pair, transforms, inverse) if transforms else None
     return EvaluationReport(
-        fixed=str(files.fixed),
-        moving=str(files.moving),
-        transform=tuple(str(t) for t in transforms) or None,
+        fixed=named(files.fixed),
+        moving=named(files.moving),
+        transform=tuple(named(t) for t in transforms) or None,
         protocol=protocol,
         label_interpolation=LABEL_INTERPOLATION,
         note=_note(protocol),
@@ -119,15 +121,19 @@ def _read(files: PairFiles, protocol: Protocol) -> EvaluatedPair:
     fixed, moving, annotations = read_pair(files)
     check_pair(fixed, moving)
     if moving.time is not None:
-        raise InputError(f"{files.moving} is a time series", tip="evaluate one time point at a time: extract it as a 3-D image")
+        raise InputError(
+            f"the moving image ({named(files.moving)}) is a time series", tip="evaluate one time point at a time: extract it as a 3-D image"
+        )
     return EvaluatedPair(fixed.grey(), moving.grey(), annotations, protocol)
 
 
-def _after(pair: EvaluatedPair, transforms: Sequence[Path], inverse: Path | None) -> Mapping[str, object]:
-    inverse = inverse or (inverse_beside(transforms) if pair.protocol == "regtool" else None)
+def _after(pair: EvaluatedPair, transforms: Sequence[TransformSource], inverse: TransformSource | None) -> Mapping[str, object]:
+    if inverse is None and pair.protocol == "regtool":
+        inverse = inverse_beside(transforms)
     found: Transform | DisplacementField
-    if pair.protocol == "learn2reg" and len(transforms) == 1 and is_learn2reg(transforms[0], pair.fixed.grid.ndim):
-        found = read_learn2reg(transforms[0], pair.fixed.grid)
+    only = transforms[0] if len(transforms) == 1 else None
+    if pair.protocol == "learn2reg" and isinstance(only, Path) and is_learn2reg(only, pair.fixed.grid.ndim):
+        found = read_learn2reg(only, pair.fixed.grid)
     else:
         found = read_transforms(transforms, pair.fixed.grid)
     return pair.after(found, None if inverse is None else read_transform(inverse, pair.moving.grid))

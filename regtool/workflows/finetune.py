@@ -27,8 +27,29 @@ from regtool.workflows import register, train
 
 PAIR = {"refine": {"iterations": 0}, "oneshot": {"iterations": 50}}
 CONVERGED = {"oneshot": {"iterations": 3000, "patience": 300}}  # overrides; 3000: what the paper calls convergence
+UNTIL = "until-converged"
 SITE = {"train": {"steps": 500, "learning_rate": 1e-4, "validate_every": 20, "patience": 5, "checkpoint_every": 100, "log_every": 5}}
 HELD_OUT = 0.25  # of a site's pairs; one at least
+
+
+def steps_of_pair(iterations: str | None) -> dict[str, Any]:
+    """What `--iterations` of one pair asks of the parameters. UsageError for what is neither a number above zero nor UNTIL."""
+    if iterations is None:
+        return {}
+    return CONVERGED if iterations == UNTIL else {"oneshot": {"iterations": _number(iterations)}}
+
+
+def steps_of_list(iterations: str | None) -> dict[str, Any]:
+    """The same of a list of pairs."""
+    if iterations is None:
+        return {}
+    return {"train": {"steps": CONVERGED["oneshot"]["iterations"] if iterations == UNTIL else _number(iterations)}}
+
+
+def _number(iterations: str) -> int:
+    if not iterations.isdecimal() or int(iterations) == 0:
+        raise UsageError(f"--iterations {iterations}: expected a number above zero, or {UNTIL}", tip="50 steps are usual")
+    return int(iterations)
 
 
 def finetune(request: register.Request, from_scratch: bool = False, progress: ProgressCallback | None = None) -> register.Result:

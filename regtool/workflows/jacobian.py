@@ -22,7 +22,9 @@ from regtool.geometry.jacobian import (
 from regtool.geometry.sampling import warp_labels
 from regtool.geometry.transforms import Transform
 from regtool.io.files import atomic, refuse_existing
-from regtool.io.images import check_writable, read_grid, read_labels, write_image
+from regtool.io.images import Source, check_writable, read_grid, read_labels, write_image
+from regtool.io.inputs import named
+from regtool.io.transforms import TransformSource
 from regtool.io.transforms.sampled import total_displacement
 from regtool.workflows.warp import read_transforms
 
@@ -31,25 +33,26 @@ LOG_FLOOR = 1e-3  # where space folds there is no logarithm: it is that of this 
 
 @dataclass(frozen=True, kw_only=True)
 class JacobianResult:
-    """statistics, nondiffeomorphic_volume_percent: over the mask; voxels: how many count; labels: statistics and voxels by label, within the mask;
-    outputs: the files written.
+    """image: of the determinant, or its logarithm; statistics, nondiffeomorphic_volume_percent: over the mask; voxels: how many count.
+
+    labels: statistics and voxels by label, within the mask; outputs: the files written.
     """
 
+    image: Image
     statistics: JacobianStatistics
     nondiffeomorphic_volume_percent: float
-    grid: Grid
     voxels: int
     labels: dict[int, tuple[JacobianStatistics, int]]
     outputs: tuple[Path, ...]
 
 
 def jacobian(
-    transforms: Sequence[Path],
+    transforms: Sequence[TransformSource],
     output: Path | None = None,
     *,
-    like: Path | None = None,
-    mask: Path | None = None,
-    labels: Path | None = None,
+    like: Source | None = None,
+    mask: Source | None = None,
+    labels: Source | None = None,
     figure: Path | None = None,
     log: bool = False,
     overwrite: bool = False,
@@ -58,8 +61,8 @@ def jacobian(
 
     transforms: in the order points travel from fixed to moving; like: the grid to sample on, default the transform's own field's; mask: voxels
     above zero count; labels: a map of the fixed image, whose regions are told apart (both with the nearest neighbour where they lie on another grid);
-    log: write the natural logarithm, folded voxels at log(0.001). Raises UsageError for an existing output, InputError for an empty mask or label
-    map or a missing grid, GeometryError for other dimensions.
+    log: the image is that of the natural logarithm, folded voxels at log(0.001). Raises UsageError for an existing output, InputError for an empty
+    mask or label map or a missing grid, GeometryError for other dimensions.
     """
     if output is not None:
         check_writable(output)
@@ -71,33 +74,35 @@ def jacobian(
     determinant, corners = jacobian_determinant(field), min_one_sided_jacobian(field.to_voxels())
     inside = (_on_grid(mask, field.grid, "mask").data > 0).any(dim=0) if mask is not None else None
     if inside is not None and not bool(inside.any()):
-        raise InputError(f"the mask {mask} is empty on the transform's grid", tip="it must hold values above zero where the transform is defined")
+        raise InputError(
+            f"the mask {named(mask)} is empty on the transform's grid", tip="it must hold values above zero where the transform is defined"
+        )
     regions = _by_label(_on_grid(labels, field.grid, "label map"), determinant, corners, inside) if labels is not None else {}
     statistics = jacobian_statistics(determinant, inside, corners)
     if labels is not None and not regions:
-        raise InputError(f"the label map {labels} is empty on the transform's grid", tip="it must lie where the transform is defined")
+        raise InputError(f"the label map {named(labels)} is empty on the transform's grid", tip="it must lie where the transform is defined")
+    image = Image((determinant.clamp(min=LOG_FLOOR).log() if log else determinant)[None], field.grid)
     if output is not None:
-        values = determinant.clamp(min=LOG_FLOOR).log() if log else determinant
-        write_image(Image(values[None], field.grid), output)
+        write_image(image, output)
     if figure is not None:
         from regtool.report.jacobian import jacobian_png
 
         with atomic(figure) as temporary:
             temporary.write_bytes(jacobian_png(determinant, corners, field.grid, inside))
     return JacobianResult(
+        image=image,
         statistics=statistics,
         nondiffeomorphic_volume_percent=nondiffeomorphic_volume_percent(field, inside),
-        grid=field.grid,
         voxels=int(inside.sum()) if inside is not None else field.grid.voxels,
         labels=regions,
         outputs=tuple(path for path in (output, figure) if path is not None),
     )
 
 
-def _on_grid(path: Path, grid: Grid, what: str) -> Labels:
-    labels = read_labels(path)
+def _on_grid(source: Source, grid: Grid, what: str) -> Labels:
+    labels = read_labels(source)
     if labels.grid.ndim != grid.ndim:
-        raise GeometryError(f"the {what} {path} is {labels.grid.ndim}-D, the transform {grid.ndim}-D")
+        raise GeometryError(f"the {what} {named(source)} is {labels.grid.ndim}-D, the transform {grid.ndim}-D")
     return labels if labels.grid.same_as(grid) else warp_labels(labels, Transform.identity(grid.ndim), grid, vote=False)
 
 

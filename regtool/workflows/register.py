@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from typing import Any
 import torch
 
 from regtool.errors import UsageError
-from regtool.geometry.images import Annotations, Image
+from regtool.geometry.grid import Grid
+from regtool.geometry.images import Annotations, Image, Labels, Landmarks
+from regtool.geometry.inversion import invert
 from regtool.geometry.sampling import warp
 from regtool.geometry.transforms import DisplacementField, Transform
 from regtool.io.files import check_folder, refuse_existing
 from regtool.io.formats import stem_of
+from regtool.io.images import Source
 from regtool.io.inputs import PairFiles, read_pair
-from regtool.io.transforms import read_transform
-from regtool.methods.resolve import Resolved, resolve
+from regtool.io.transforms import TransformSource, read_transform
+from regtool.methods.resolve import Resolver, resolve
 from regtool.preprocessing.intensity import check_channels
 from regtool.registration.adaptation import ProgressCallback
 from regtool.registration.pair import Setup
@@ -32,41 +35,45 @@ from regtool.result.report import report_of
 from regtool.runtime import Clock, computing, gathered_warnings, out_of_memory_explained, pick_device
 
 log = logging.getLogger("regtool")
-Resolver = Callable[[Path | None, Mapping[str, Any], int | None], Resolved]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line says. fixed, moving: a path, or an image in memory.
+    """What the command line says; images, landmarks and the initial transform are files, or in memory already.
 
-    output: the folder to write, or None to write nothing. overrides: `{"section": {"key": value}}`. started: `time.perf_counter()` when the process
-    began.
+    output: the folder to write, or None to write nothing. overrides: `{"section": {"key": value}}`. initial_transform: in place of the parameter
+    `run.initial_transform`. started: `time.perf_counter()` when the process began.
     """
 
-    fixed: Path | Image
-    moving: Path | Image
+    fixed: Source | Image
+    moving: Source | Image
     output: Path | None = None
     parameter_file: Path | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    fixed_mask: Path | None = None
-    moving_mask: Path | None = None
-    fixed_labels: Path | None = None
-    moving_labels: Path | None = None
-    fixed_landmarks: Path | None = None
-    moving_landmarks: Path | None = None
+    initial_transform: TransformSource | None = None
+    fixed_mask: Source | None = None
+    moving_mask: Source | None = None
+    fixed_labels: Source | None = None
+    moving_labels: Source | None = None
+    fixed_landmarks: Path | Landmarks | None = None
+    moving_landmarks: Path | Landmarks | None = None
     fix_header: bool = False
     overwrite: bool = False
     command: str = ""
     started: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """warped: on the fixed grid; displacements, transforms: fixed to moving, one for each registered time point; report: that of report.json."""
+    """warped, warped_labels: on the fixed grid; displacements, transforms: fixed to moving, one for each registered time point; inverses: moving to
+    fixed, on the moving grid, empty unless `run.inverse`; report: that of report.json.
+    """
 
     warped: Image
+    warped_labels: Labels | None
     displacements: tuple[DisplacementField, ...]
     transforms: tuple[Transform, ...]
+    inverses: tuple[DisplacementField, ...]
     report: RegistrationReport
 
 
@@ -90,7 +97,7 @@ def register(request: Request, progress: ProgressCallback | None = None, resolve
         run = resolved.parameters.run
         device = pick_device(run.device)
         borrowed.enter_context(computing(run.threads))
-        initial = read_transform(Path(run.initial_transform), fixed.grid) if run.initial_transform else None
+        initial = _initial(run.initial_transform if request.initial_transform is None else request.initial_transform, fixed.grid)
         start = RunStart(
             fixed_source=_source(request.fixed),
             moving_source=_source(request.moving),
@@ -115,17 +122,27 @@ def register(request: Request, progress: ProgressCallback | None = None, resolve
         )
         with failure_page(start, request.output if run.qc else None), out_of_memory_explained():
             done = _frames(fixed, moving, setup, clock, annotations)
+        with clock("write"):
+            inverses = tuple(invert(one.transform, moving.grid) for one in done) if run.inverse else ()
         outcome = Outcome(
             start=start,
             device=device,
             warped=_warped(moving, done, run.outside, device),
             done=done,
+            inverses=inverses,
             scores=AnnotationScores.of(annotations, start.before, done[0].transform),
         )
         report = report_of(outcome)
         if request.output is not None:
             report = write_folder(outcome, report, request.output, hook)
-    return Result(outcome.warped, tuple(d.displacement for d in done), tuple(d.transform for d in done), report)
+    return Result(
+        warped=outcome.warped,
+        warped_labels=outcome.scores.warped_labels,
+        displacements=tuple(d.displacement for d in done),
+        transforms=tuple(d.transform for d in done),
+        inverses=tuple(field for field, _ in inverses),
+        report=report,
+    )
 
 
 def default_output(fixed: Path, moving: Path) -> Path:
@@ -146,7 +163,11 @@ def _files(request: Request) -> PairFiles:
     return PairFiles(**{one.name: getattr(request, one.name) for one in fields(PairFiles)})
 
 
-def _source(image: Path | Image) -> Path | None:
+def _initial(source: TransformSource | str | None, grid: Grid) -> Transform | None:
+    return None if source is None else read_transform(Path(source) if isinstance(source, str) else source, grid)
+
+
+def _source(image: Source | Image) -> Path | None:
     return image if isinstance(image, Path) else None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import json
 import os
 import queue
@@ -18,13 +17,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regtool.cohort.bids import export
+from regtool.cohorts.bids import export
 
 if TYPE_CHECKING:
-    from regtool.methods.resolve import Resolved
-    from regtool.workflows.register import Resolver
+    from regtool.methods.resolve import Resolver
 
-from regtool.cohort.tasks import Answer, Task, failed_answer
+from regtool.cohorts.tasks import Answer, Task, failed_answer
 
 
 def perform(task: Task, resolver: Resolver) -> Answer:
@@ -46,16 +44,6 @@ def perform(task: Task, resolver: Resolver) -> Answer:
     return Answer(id=task.id, status=report.status, exit_code=0 if report.status == "ok" else 4)
 
 
-def remembered(resolver: Resolver) -> Resolver:
-    """The resolver with its last answers kept: a model is read once for each dimension."""
-
-    @functools.lru_cache(maxsize=4)
-    def of_text(file: Path | None, overrides: str, ndim: int | None) -> Resolved:
-        return resolver(file, json.loads(overrides), ndim)
-
-    return lambda file, overrides, ndim: of_text(file, json.dumps(overrides), ndim)
-
-
 def serve() -> None:
     """Reads tasks from standard input and writes an answer for each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -69,11 +57,10 @@ def serve() -> None:
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
 
     from regtool.io.itk import silence_itk
-    from regtool.methods.resolve import resolve
+    from regtool.methods.resolve import Remembered
 
     silence_itk()
-
-    resolver = remembered(resolve)
+    resolver = Remembered()  # one model, read once for each dimension
     while True:
         task = Task(**json.loads(tasks.get()))
         with contextlib.suppress(OSError):  # the largest memory is counted from here, where the system allows it

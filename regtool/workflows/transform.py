@@ -15,9 +15,10 @@ from regtool.geometry.grid import Grid
 from regtool.geometry.inversion import Residual, invert
 from regtool.geometry.transforms import Affine, DisplacementField, Part, Transform
 from regtool.io.files import refuse_existing
-from regtool.io.images import read_grid
+from regtool.io.images import Source, read_grid
 from regtool.io.learn2reg import read_learn2reg, write_learn2reg
 from regtool.io.transforms import (
+    TransformSource,
     check_transform_writable,
     read_transform,
     write_ants,
@@ -30,16 +31,18 @@ from regtool.workflows.warp import read_transforms
 
 @dataclass(frozen=True)
 class Written:
-    """outputs: the files, the main one first; parts: kinds of the transform's parts, the first applied first."""
+    """transform: what was written; outputs: the files, the main one first; parts: kinds of the transform's parts, the first applied first."""
 
+    transform: Transform
     outputs: tuple[Path, ...]
     parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Inverted:
-    """residual: how far the inverse misses, None where it is exact (affines)."""
+    """transform: the inverse; outputs: the files; residual: how far the inverse misses, None where it is exact (affines)."""
 
+    transform: Transform
     outputs: tuple[Path, ...]
     residual: Residual | None
 
@@ -50,22 +53,20 @@ class TransformInfo:
     for an affine `matrix translation volume_ratio`.
     """
 
-    path: Path
     ndim: int
     parts: tuple[dict[str, Any], ...]
 
 
-def invert_transform(transforms: Sequence[Path], output: Path, *, like: Path | None = None, overwrite: bool = False) -> Inverted:
-    """Writes the transform from moving to fixed points, in the format of `output`'s suffix.
+def invert_transform(transforms: Sequence[TransformSource], output: Path | None, *, like: Source | None = None, overwrite: bool = False) -> Inverted:
+    """Writes the transform from moving to fixed points, in the format of `output`'s suffix; None writes nothing.
 
     like: the MOVING image, on whose grid a displacement field is made; needed for those, and for B-splines. Affine parts are inverted exactly.
     Raises UsageError for an existing output, InputError where a grid is missing, GeometryError for a singular affine.
     """
-    check_transform_writable(output)
-    refuse_existing([output], overwrite)
+    _check(output, overwrite)
     grid = read_grid(like) if like is not None else None
     inverse, residual = inverted(read_transforms(transforms, grid), grid)
-    return Inverted(tuple(write_transform(inverse, output, grid)), residual)
+    return Inverted(inverse, () if output is None else tuple(write_transform(inverse, output, grid)), residual)
 
 
 def inverted(transform: Transform, grid: Grid | None = None) -> tuple[Transform, Residual | None]:
@@ -99,23 +100,23 @@ def covering(grid: Grid, affine: Affine) -> Grid:
     return replace(grid, size=tuple(int(n) for n in high - low + 1), origin=tuple(grid.to_physical(low).tolist()))
 
 
-def compose_transforms(transforms: Sequence[Path], output: Path, *, like: Path | None = None, overwrite: bool = False) -> Written:
-    """Writes several transforms as one. transforms: in the order points travel from fixed to moving, as for `antsApplyTransforms -t`.
+def compose_transforms(transforms: Sequence[TransformSource], output: Path | None, *, like: Source | None = None, overwrite: bool = False) -> Written:
+    """Writes several transforms as one; output: None writes nothing.
 
+    transforms: in the order points travel from fixed to moving, as for `antsApplyTransforms -t`;
     like: the fixed image, for formats that hold a displacement field. Raises as invert_transform.
     """
-    check_transform_writable(output)
-    refuse_existing([output], overwrite)
+    _check(output, overwrite)
     grid = read_grid(like) if like is not None else None
     transform = read_transforms(transforms, grid)
-    return Written(tuple(write_transform(transform, output, grid)), _kinds(transform))
+    return Written(transform, () if output is None else tuple(write_transform(transform, output, grid)), _kinds(transform))
 
 
 def convert_transform(
-    source: Path,
+    source: TransformSource,
     output: Path,
     *,
-    like: Path | None = None,
+    like: Source | None = None,
     source_format: SourceFormat = "auto",
     target_format: TargetFormat = "auto",
     overwrite: bool = False,
@@ -129,19 +130,27 @@ def convert_transform(
         check_transform_writable(output)
     grid = read_grid(like) if like is not None else None
     if source_format == "learn2reg":
+        if not isinstance(source, Path):
+            raise UsageError("a Learn2Reg field is a file", tip="give its path, or leave the source format out")
         if grid is None:
             raise UsageError("a Learn2Reg field counts in voxels of the fixed image", tip="--like FIXED_IMAGE names it")
         transform = Transform((read_learn2reg(source, grid),))
     else:
         transform = read_transform(source, grid)
     refuse_existing(_targets(output, target_format), overwrite)
-    return Written(tuple(_write_as(transform, output, grid, target_format)), _kinds(transform))
+    return Written(transform, tuple(_write_as(transform, output, grid, target_format)), _kinds(transform))
 
 
-def transform_info(path: Path) -> TransformInfo:
-    """What a transform file holds. Raises as read_transform."""
-    transform = read_transform(path)
-    return TransformInfo(path, transform.ndim, tuple(_described(p) for p in transform.parts))
+def transform_info(source: TransformSource) -> TransformInfo:
+    """What a transform holds. Raises as read_transform."""
+    transform = read_transform(source)
+    return TransformInfo(transform.ndim, tuple(_described(p) for p in transform.parts))
+
+
+def _check(output: Path | None, overwrite: bool) -> None:
+    if output is not None:
+        check_transform_writable(output)
+        refuse_existing([output], overwrite)
 
 
 def _targets(output: Path, target: TargetFormat) -> list[Path]:

@@ -15,16 +15,17 @@ import torch
 from regtool.config.choices import Interpolation, PointOrigin, PointSpace
 from regtool.errors import GeometryError, InputError, UsageError
 from regtool.geometry.grid import Array, Grid
-from regtool.geometry.images import Labels
+from regtool.geometry.images import Image, Labels
 from regtool.geometry.inversion import invert_points
 from regtool.geometry.sampling import transform_points, warp, warp_labels
 from regtool.geometry.transforms import Transform, chained
 from regtool.io.files import refuse_existing
 from regtool.io.formats import stem_of, suffix_of
-from regtool.io.images import check_writable, read_grid, read_image, read_labels, write_image, write_labels
-from regtool.io.points import check_points_writable, map_points
+from regtool.io.images import Source, check_writable, read_grid, read_image, read_labels, write_image, write_labels
+from regtool.io.inputs import named
+from regtool.io.points import check_points_writable, from_lps, map_points, to_lps
 from regtool.io.resample import warp_with
-from regtool.io.transforms import read_transform
+from regtool.io.transforms import TransformSource, read_transform
 
 log = logging.getLogger("regtool")
 
@@ -50,11 +51,11 @@ class WarpedPoints:
     seconds: float
 
 
-def read_transforms(paths: Sequence[Path], like: Grid | None = None) -> Transform:
-    """The files as one transform. `paths` in the order in which points travel from fixed to moving: that of `antsApplyTransforms -t`."""
-    if not paths:
+def read_transforms(sources: Sequence[TransformSource], like: Grid | None = None) -> Transform:
+    """All of them as one transform, in the order in which points travel from fixed to moving: that of `antsApplyTransforms -t`."""
+    if not sources:
         raise UsageError("no transform is given", tip="--transform FILE")
-    return chained([read_transform(p, like) for p in paths])
+    return chained([read_transform(source, like) for source in sources])
 
 
 def warp_images(
@@ -84,19 +85,52 @@ def warp_images(
     grid = read_grid(like, fix_header)
     transform = read_transforms(transforms, grid)
     for source, out in zip(moving, outputs, strict=True):
-        _warp_one(source, out, transform, grid, interpolation, outside, fix_header, device)
+        warped = warp_image(source, transform, grid, interpolation=interpolation, outside=outside, fix_header=fix_header, device=device)
+        write_warped(warped, out)
     return WarpedImages(tuple(outputs), grid, time.perf_counter() - start)
+
+
+def warp_image(
+    source: Source,
+    transform: Transform,
+    grid: Grid,
+    *,
+    interpolation: Interpolation = "linear",
+    outside: float | None = None,
+    fix_header: bool = False,
+    device: torch.device | None = None,
+) -> Image | Labels:
+    """One image as `warp_images` takes it, or a label map, with the interpolation of labels. Raises likewise."""
+    with _naming(source):
+        if interpolation in ("label", "nearest"):
+            labels = _labels(source, fix_header, must=interpolation == "label")
+            if labels is not None:
+                beyond = min(0, int(labels.data.min())) if interpolation == "nearest" else 0  # -1024 in a CT, 0 in a label map
+                value = beyond if outside is None else _whole(outside)
+                return warp_labels(labels, transform, grid, interpolation == "label", value, device)
+        image = read_image(source, fix_header)
+        if interpolation in ("nearest", "bspline"):
+            return warp_with(image, transform, grid, interpolation, outside)
+        return warp(image, transform, grid, outside, device)
+
+
+def write_warped(warped: Image | Labels, path: Path) -> None:
+    """In the format of the suffix, atomically."""
+    if isinstance(warped, Labels):
+        write_labels(warped, path)
+    else:
+        write_image(warped, path)
 
 
 def warp_points(
     points: Sequence[Path],
-    transforms: Sequence[Path],
+    transforms: Sequence[TransformSource],
     output: Path,
     *,
     origin: PointOrigin = "fixed",
     space: PointSpace = "lps",
-    like: Path | None = None,
-    output_like: Path | None = None,
+    like: Source | None = None,
+    output_like: Source | None = None,
     overwrite: bool = False,
 ) -> WarpedPoints:
     """Points and mesh vertices from fixed to moving space (`x -> x + u(x)`, as `transformix -def`), or from moving space through the inverse.
@@ -111,67 +145,73 @@ def warp_points(
     refuse_existing(outputs, overwrite)
     _all_there(points)
     transform = read_transforms(transforms)
-    grid, out_grid = (read_grid(p) if p is not None else None for p in (like, output_like))
-    if space == "voxel" and (grid is None or out_grid is None):
-        raise UsageError("voxel indices need the images they count in", tip="--like for the points that go in, --output-like for those that come out")
+    grid, out_grid = _counted_in(space, like, output_like)
     residuals: list[Array] = []
 
     def move(x: Array) -> Array:
-        if origin == "fixed":
-            return transform_points(transform, x)
-        solved, residual = invert_points(transform, x)
+        moved, residual = _moved(transform, x, origin)
         residuals.append(residual)
-        return solved
+        return moved
 
     moved = [map_points(a, b, move, transform.ndim, space, grid, out_grid) for a, b in zip(points, outputs, strict=True)]
     counts = tuple(len(m.points) for m in moved)
-    if not residuals:
-        return WarpedPoints(tuple(outputs), counts, None, time.perf_counter() - start)
-    every = np.concatenate(residuals)
-    if (every > FAR_MM).any():
+    missed = _missed(np.concatenate(residuals)) if origin == "moving" else None
+    return WarpedPoints(tuple(outputs), counts, missed, time.perf_counter() - start)
+
+
+def warp_coordinates(
+    points: Array,
+    transforms: Sequence[TransformSource],
+    *,
+    origin: PointOrigin = "fixed",
+    space: PointSpace = "lps",
+    like: Source | None = None,
+    output_like: Source | None = None,
+) -> Array:
+    """`warp_points` of (P, D) numbers in memory. GeometryError for another dimension than that of the transform."""
+    transform = read_transforms(transforms)
+    grid, out_grid = _counted_in(space, like, output_like)
+    if points.shape[1] != transform.ndim:
+        raise GeometryError(f"points of {points.shape[1]} coordinates, but a {transform.ndim}-D transform")
+    moved, residual = _moved(transform, to_lps(points, space, grid, "points"), origin)
+    if origin == "moving":
+        _missed(residual)
+    return from_lps(moved, space, out_grid, "points")
+
+
+def _counted_in(space: PointSpace, like: Source | None, output_like: Source | None) -> tuple[Grid | None, Grid | None]:
+    grid, out_grid = (read_grid(source) if source is not None else None for source in (like, output_like))
+    if space == "voxel" and (grid is None or out_grid is None):
+        raise UsageError("voxel indices need the images they count in", tip="--like for the points that go in, --output-like for those that come out")
+    return grid, out_grid
+
+
+def _moved(transform: Transform, points: Array, origin: PointOrigin) -> tuple[Array, Array]:
+    """The points, and by how much the inverse misses, mm: nothing where none was needed."""
+    return (transform_points(transform, points), np.zeros(len(points))) if origin == "fixed" else invert_points(transform, points)
+
+
+def _missed(residual: Array) -> tuple[float, float]:
+    """Mean and largest, mm; says where points have no inverse."""
+    if (residual > FAR_MM).any():
         log.warning(
-            "%d of %d points have no exact inverse (space folds, or ends, there); the nearest found is written",
-            int((every > FAR_MM).sum()),
-            len(every),
+            "%d of %d points have no exact inverse (space folds, or ends, there); the nearest found is taken",
+            int((residual > FAR_MM).sum()),
+            len(residual),
         )
-    return WarpedPoints(tuple(outputs), counts, (float(every.mean()), float(every.max())), time.perf_counter() - start)
-
-
-def _warp_one(
-    source: Path,
-    out: Path,
-    transform: Transform,
-    grid: Grid,
-    interpolation: Interpolation,
-    outside: float | None,
-    fix_header: bool,
-    device: torch.device | None,
-) -> None:
-    with _naming(source):
-        if interpolation in ("label", "nearest"):
-            labels = _labels(source, fix_header, must=interpolation == "label")
-            if labels is not None:
-                beyond = min(0, int(labels.data.min())) if interpolation == "nearest" else 0  # -1024 in a CT, 0 in a label map
-                value = beyond if outside is None else _whole(outside)
-                write_labels(warp_labels(labels, transform, grid, interpolation == "label", value, device), out)
-                return
-        image = read_image(source, fix_header)
-        if interpolation in ("nearest", "bspline"):
-            write_image(warp_with(image, transform, grid, interpolation, outside), out)
-        else:
-            write_image(warp(image, transform, grid, outside, device), out)
+    return float(residual.mean()), float(residual.max())
 
 
 @contextlib.contextmanager
-def _naming(source: Path) -> Iterator[None]:
+def _naming(source: Source) -> Iterator[None]:
     """The file's name in a GeometryError."""
     try:
         yield
     except GeometryError as error:
-        raise GeometryError(error.what if str(source) in error.what else f"{source}: {error.what}", tip=error.tip) from error
+        raise GeometryError(error.what if named(source) in error.what else f"{named(source)}: {error.what}", tip=error.tip) from error
 
 
-def _labels(source: Path, fix_header: bool, must: bool) -> Labels | None:
+def _labels(source: Source, fix_header: bool, must: bool) -> Labels | None:
     """The file as a label map; None where it is none and need not be."""
     try:
         return read_labels(source, fix_header)

@@ -23,24 +23,24 @@ import SimpleITK as sitk
 import torch
 from scipy.stats import iqr, median_abs_deviation
 
-from regtool.cohort import cluster, worker
-from regtool.cohort import pools as pool
-from regtool.cohort.bids import space_of
-from regtool.cohort.folder import PairFolder
-from regtool.cohort.table import row_of
-from regtool.cohort.tasks import Answer, Task
-from regtool.cohort.worker import Worker, attempt
+from regtool.cohorts import cluster, worker
+from regtool.cohorts import pools as pool
+from regtool.cohorts.bids import space_of
+from regtool.cohorts.folder import PairFolder
+from regtool.cohorts.table import row_of
+from regtool.cohorts.tasks import Answer, Task
+from regtool.cohorts.worker import Worker, attempt
 from regtool.config.schema import Parameters, Run
 from regtool.config.toml import merged
 from regtool.errors import InputError, OutputError, ParameterError, RegtoolError, UsageError
 from regtool.methods import build
 from regtool.methods.model_file import save_model
-from regtool.methods.resolve import Resolved, resolve
+from regtool.methods.resolve import Remembered, Resolved, resolve
 from regtool.report.cohort import cohort_html, ranking, robust_z
 from regtool.workflows import cohort as workflow
 from regtool.workflows import register as single
 from regtool.workflows.cohort import CohortEvent, Request, cohort
-from regtool.workflows.serve import perform, remembered
+from regtool.workflows.serve import perform
 from tests.cli.test_cli import call
 from tests.conftest import blobs, set_options
 
@@ -248,12 +248,12 @@ def test_one_model_serves_all_pairs(tmp_path: Path) -> None:
         asked.append(about)
         return resolve(*about)
 
-    once = remembered(counted)
+    once = Remembered(counted)
     assert [perform(t, once).status for t in (other, task)] == ["ok", "ok"]
     assert len(asked) == 1
     together = voxels(tmp_path / "out" / "a")
     assert perform(task, resolve).status == "ok" and voxels(tmp_path / "out" / "a") == together
-    assert perform(replace(task, inputs={**task.inputs, "fixed": str(tmp_path / "gone.nii")}), remembered).exit_code == 3
+    assert perform(replace(task, inputs={**task.inputs, "fixed": str(tmp_path / "gone.nii")}), once).exit_code == 3
 
 
 def test_crashes_are_named(tmp_path: Path) -> None:
@@ -401,7 +401,9 @@ def test_signals_and_kill_9_then_resume(tmp_path: Path, inline: None, capfd: pyt
     source = listed(tmp_path, 2, [f"p{k}" for k in range(6)])
     command = ["cohort", str(source), "-o", str(tmp_path / "out"), *set_options(QUICK)]
     (tmp_path / "leisurely.py").write_text(LEISURELY)
-    code = "import sys; from regtool.cohort import worker as w; w.COMMAND = sys.executable, sys.argv.pop(1); from regtool.cli.app import main; main()"
+    code = (
+        "import sys; from regtool.cohorts import worker as w; w.COMMAND = sys.executable, sys.argv.pop(1); from regtool.cli.app import main; main()"
+    )
 
     def start(*more: str) -> subprocess.Popen[str]:
         words = [sys.executable, "-c", code, str(tmp_path / "leisurely.py"), *command, *more]

@@ -21,21 +21,23 @@ from regtool.io.images.record import FileFacts, ImageFormat
 
 log = logging.getLogger("regtool")
 
+Source = Path | sitk.Image  # a file or folder, or an image in memory
 OTHERS = ImageFormat(suffixes=(), read=read_with_itk, facts=itk_facts)  # what ITK reads besides
 
 
-def read_image(path: Path, fix_header: bool = False) -> Image:
+def read_image(source: Source, fix_header: bool = False, name: str = "image in memory") -> Image:
     """An intensity image: float32, several components as channels, grey RGB(A) as one, one slice made 2-D, the fourth axis a time axis,
     NaN replaced by the minimum.
 
-    path: a file, or a folder with a DICOM series. fix_header: repair directions that are no rotation, and spacings at or below zero.
-    Raises InputError for what cannot be read, GeometryError for a header that cannot be used; each names the file.
+    source: a file, a folder with a DICOM series, or an image in memory, called `name` in errors. fix_header: repair directions that are no rotation,
+    and spacings at or below zero. Raises InputError for what cannot be read, GeometryError for a header that cannot be used; each names the file.
     """
-    file_format = _format(path)
-    array, grid, time, components = unpacked(file_format.read(path, fix_header), path, fix_header)
+    image, path = _read(source, fix_header, name)
+    opacity = isinstance(source, Path) and _format(source).opacity
+    array, grid, time, components = unpacked(image, path, fix_header)
     if np.iscomplexobj(array):
         raise InputError(f"{path} holds complex numbers", tip="save its magnitude first")
-    data, colour = (array.astype(np.float32), False) if components is None else _channels(array, components, str(path), file_format.opacity)
+    data, colour = (array.astype(np.float32), False) if components is None else _channels(array, components, str(path), opacity)
     finite = np.isfinite(data)
     if not finite.all():
         if not finite.any():
@@ -45,9 +47,10 @@ def read_image(path: Path, fix_header: bool = False) -> Image:
     return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time, colour)
 
 
-def read_labels(path: Path, fix_header: bool = False) -> Labels:
+def read_labels(source: Source, fix_header: bool = False) -> Labels:
     """A label map: whole numbers of any pixel type, none of them changed. Raises as read_image, and InputError for fractions."""
-    array, grid, time, components = unpacked(_format(path).read(path, fix_header), path, fix_header)
+    image, path = _read(source, fix_header)
+    array, grid, time, components = unpacked(image, path, fix_header)
     if components is not None:
         array = array[..., 0] if (array == array[..., :1])[..., :3].all() else _no_labels(path, "it has several components (colours)")
     if np.iscomplexobj(array) or not np.array_equal(array, np.round(array.real)):
@@ -55,25 +58,25 @@ def read_labels(path: Path, fix_header: bool = False) -> Labels:
     return Labels(torch.from_numpy(array.astype(np.int64)), grid, array.dtype.name, time)
 
 
-def read_grid(path: Path, fix_header: bool = False) -> Grid:
+def read_grid(source: Source, fix_header: bool = False) -> Grid:
     """The grid of an image or field. Raises as read_image."""
-    return unpacked(_format(path).read(path, fix_header), path, fix_header)[1]
+    return unpacked(*_read(source, fix_header), fix_header)[1]
 
 
-def read_displacement(path: Path) -> DisplacementField:
+def read_displacement(source: Source) -> DisplacementField:
     """A displacement field in mm LPS, as ITK, ANTs and regtool write it: a vector image with as many components as dimensions."""
-    source = _format(path).read(path, False)
-    ndim, components = source.GetDimension(), source.GetNumberOfComponentsPerPixel()
+    image, path = _read(source, False)
+    ndim, components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
     if components != ndim:
         kind = "a scalar image" if components == 1 else f"an image of {components} components"
         raise InputError(
             f"{path} is no displacement field: it is {kind} of {ndim} dimensions, expected {ndim}-D vectors of mm",
             tip="a NIfTI field needs intent code 1007; `regtool transform convert --from learn2reg` reads voxel fields",
         )
-    array = np.moveaxis(sitk.GetArrayViewFromImage(source), -1, 0).astype(np.float32)
+    array = np.moveaxis(sitk.GetArrayViewFromImage(image), -1, 0).astype(np.float32)
     if not np.isfinite(array).all():
         raise InputError(f"{path}: the displacement field holds NaN or infinite vectors")
-    return DisplacementField(torch.from_numpy(np.ascontiguousarray(array)), grid_of(source, path))
+    return DisplacementField(torch.from_numpy(np.ascontiguousarray(array)), grid_of(image, path))
 
 
 def read_facts(path: Path) -> FileFacts:
@@ -112,16 +115,14 @@ def check_writable(path: Path) -> None:
     _writer(path)
 
 
-def from_sitk(image: sitk.Image, name: str = "image") -> Image:
-    """A SimpleITK image in memory as an Image, by the rules of read_image."""
-    array, grid, time, components = unpacked(image, Path(name), False)
-    data, colour = (array.astype(np.float32), False) if components is None else _channels(array, components, name)
-    return Image(torch.from_numpy(np.ascontiguousarray(data)), grid, time, colour)
-
-
 def image_to_sitk(image: Image) -> sitk.Image:
     """In memory: scalar, vector where there are channels, 4-D where there is a time axis."""
     return joined(image.data.numpy(), image.grid, image.time)
+
+
+def labels_to_sitk(labels: Labels) -> sitk.Image:
+    """In memory, with the pixel type that the map came with."""
+    return joined(labels.data.numpy().astype(labels.dtype), labels.grid, labels.time)
 
 
 def displacement_to_sitk(field: DisplacementField) -> sitk.Image:
@@ -132,6 +133,11 @@ def displacement_to_sitk(field: DisplacementField) -> sitk.Image:
 def field_transform(displacement: sitk.Image) -> sitk.Transform:
     """The SimpleITK transform of a displacement image; the image itself stays."""
     return sitk.DisplacementFieldTransform(sitk.Cast(displacement, sitk.sitkVectorFloat64))
+
+
+def _read(source: Source, fix_header: bool, name: str = "image in memory") -> tuple[sitk.Image, Path]:
+    """The image as it stands in the file, and what it is called."""
+    return (source, Path(name)) if isinstance(source, sitk.Image) else (_format(source).read(source, fix_header), source)
 
 
 def _format(path: Path) -> ImageFormat:

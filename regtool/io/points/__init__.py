@@ -35,7 +35,7 @@ def read_points(path: Path, space: PointSpace = "lps", grid: Grid | None = None,
     """
     file = _read(path)
     columns = _fitted(file.points, ndim, path)
-    return Landmarks(_to_lps(columns, file.space or space, grid, path), file.names)
+    return Landmarks(to_lps(columns, file.space or space, grid, path), file.names)
 
 
 def write_points(landmarks: Landmarks, path: Path, space: PointSpace = "lps", grid: Grid | None = None) -> None:
@@ -44,7 +44,7 @@ def write_points(landmarks: Landmarks, path: Path, space: PointSpace = "lps", gr
     if found.write is None:
         raise _points_alone(path)
     space = found.space or space
-    content = found.write(_from_lps(landmarks.points, space, grid, path), landmarks.names, space)
+    content = found.write(from_lps(landmarks.points, space, grid, path), landmarks.names, space)
     with atomic(path) as temporary:
         temporary.write_bytes(content)
 
@@ -66,12 +66,12 @@ def map_points(
     file = _read(path)
     before = _fitted(file.points, ndim, path)
     frame = file.space or space
-    moved = Landmarks(move(_to_lps(before, frame, grid, path)), file.names)
+    moved = Landmarks(move(to_lps(before, frame, grid, path)), file.names)
     if find_format(PointFormat, out) is not find_format(PointFormat, path):
         write_points(moved, out, space, out_grid)
         return moved
     columns = file.points.copy()  # a third column of zeros stays
-    columns[:, :ndim] = _from_lps(moved.points, frame, out_grid, out)
+    columns[:, :ndim] = from_lps(moved.points, frame, out_grid, out)
     with atomic(out) as temporary:
         temporary.write_bytes(file.render(columns))
     return moved
@@ -110,13 +110,15 @@ def _points_alone(path: Path) -> InputError:
     )
 
 
-def _to_lps(points: Array, space: PointSpace, grid: Grid | None, path: Path) -> Array:
+def to_lps(points: Array, space: PointSpace, grid: Grid | None, path: Path | str) -> Array:
+    """Numbers in `space` (voxels of `grid`) to mm LPS. path: what an error calls the points."""
     if space == "voxel":
         return _known(grid, points, path).to_physical(points)
     return _mirrored(points) if space == "ras" else points
 
 
-def _from_lps(points: Array, space: PointSpace, grid: Grid | None, path: Path) -> Array:
+def from_lps(points: Array, space: PointSpace, grid: Grid | None, path: Path | str) -> Array:
+    """The way back."""
     if space == "voxel":
         return _known(grid, points, path).to_index(points)
     return _mirrored(points) if space == "ras" else points
@@ -129,7 +131,7 @@ def _mirrored(points: Array) -> Array:
     return out
 
 
-def _known(grid: Grid | None, points: Array, path: Path) -> Grid:
+def _known(grid: Grid | None, points: Array, path: Path | str) -> Grid:
     if grid is None:
         raise GeometryError(f"{path} counts in voxels, but of which image?", tip="name the image whose voxels are meant (--like)")
     if grid.ndim != points.shape[1]:

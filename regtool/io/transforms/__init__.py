@@ -8,23 +8,51 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import SimpleITK as sitk
+
 from regtool.errors import GeometryError, InputError
 from regtool.geometry.grid import Grid
 from regtool.geometry.transforms import Affine, Transform
 from regtool.io.files import require_file
 from regtool.io.formats import find_format, image_suffixes, suffix_of, transform_suffixes
-from regtool.io.images import write_displacement
+from regtool.io.images import read_displacement, write_displacement
 from regtool.io.transforms.field import IMAGE_FIELD
-from regtool.io.transforms.itk import write_affine
+from regtool.io.transforms.itk import from_sitk_transform, to_sitk_transform, write_affine
 from regtool.io.transforms.record import TransformFormat
-from regtool.io.transforms.sampled import total_displacement
+from regtool.io.transforms.sampled import total_displacement, without_point_maps
+
+TransformSource = Path | Transform | sitk.Transform | sitk.Image  # a file or folder, or a transform in memory
 
 
-def read_transform(path: Path, like: Grid | None = None) -> Transform:
+def read_transform(source: TransformSource, like: Grid | None = None) -> Transform:
     """A transform from fixed to moving points (mm LPS): a field image, a file of ITK, ANTs or elastix, or a folder that register or elastix wrote.
 
-    like: the fixed grid; GeometryError where its dimension is another. InputError for what is missing, damaged or no transform.
+    In memory: a transform, or an image of displacement vectors in mm. like: the fixed grid; GeometryError where its dimension is another. InputError
+    for what is missing, damaged or no transform.
     """
+    transform = _read(source)
+    if like is not None and like.ndim != transform.ndim:
+        name = source if isinstance(source, Path) else "the transform"
+        raise GeometryError(f"{name} is a {transform.ndim}-D transform, the images are {like.ndim}-D")
+    return transform
+
+
+def transform_to_sitk(transform: Transform, grid: Grid | None = None) -> sitk.Transform:
+    """In memory. grid: to sample a PointMap on, InputError where one is needed and None is known."""
+    return to_sitk_transform(without_point_maps(transform, grid))
+
+
+def _read(source: TransformSource) -> Transform:
+    if isinstance(source, Transform):
+        return source
+    if isinstance(source, sitk.Transform):
+        return from_sitk_transform(source)
+    if isinstance(source, sitk.Image):
+        return Transform((read_displacement(source),))
+    return _read_file(source)
+
+
+def _read_file(path: Path) -> Transform:
     file = _in_folder(path) if path.is_dir() else path
     require_file(file, "transform")
     found = _format(file)
@@ -32,10 +60,7 @@ def read_transform(path: Path, like: Grid | None = None) -> Transform:
         raise InputError(
             f"{path}: transforms of type {suffix_of(file) or '(no suffix)'} are not known", tip=f"regtool reads {' '.join(transform_suffixes())}"
         )
-    transform = found.read(file)
-    if like is not None and like.ndim != transform.ndim:
-        raise GeometryError(f"{path} is a {transform.ndim}-D transform, the images are {like.ndim}-D")
-    return transform
+    return found.read(file)
 
 
 def write_transform(transform: Transform, path: Path, grid: Grid | None = None) -> list[Path]:

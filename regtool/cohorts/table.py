@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regtool.cohort.folder import PairFolder
+from regtool.cohorts.folder import PairFolder
 from regtool.io.files import write_text
 
 COLUMNS = (

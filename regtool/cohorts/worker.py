@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 
-from regtool.cohort.tasks import LOG_BYTES, Answer, Task, failed_answer
+from regtool.cohorts.tasks import LOG_BYTES, Answer, Task, failed_answer
 from regtool.report.schema import FAILED
 
 AGAIN = (1, 5)  # exit codes that may be otherwise another time; wrong input stays wrong

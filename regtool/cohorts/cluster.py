@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from regtool.cohort.tasks import Answer, Task
-from regtool.cohort.worker import Worker, attempt
+from regtool.cohorts.tasks import Answer, Task
+from regtool.cohorts.worker import Worker, attempt
 from regtool.config.toml import merged
 from regtool.errors import RegtoolError, UsageError
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from regtool.cohort.folder import LOGS, PairFolder
+from regtool.cohorts.folder import LOGS, PairFolder
 from regtool.errors import InputError, UsageError
 from regtool.io.files import explained, strict_json, write_text
 from regtool.io.formats import stem_of, suffix_of

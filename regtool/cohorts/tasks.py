@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regtool.cohort.folder import PairFolder
+from regtool.cohorts.folder import PairFolder
 from regtool.errors import RegtoolError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next pair would fail as this one did

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from regtool.cohort.tasks import Answer, Task
-from regtool.cohort.worker import Worker, attempt
+from regtool.cohorts.tasks import Answer, Task
+from regtool.cohorts.worker import Worker, attempt
 from regtool.config.schema import Run
 from regtool.config.toml import merged
 from regtool.runtime import memory_limit_bytes
