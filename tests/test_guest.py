@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -64,6 +66,20 @@ def changed(call: Callable[[], object]) -> list[str]:
 def test_a_registration_leaves_nothing_behind() -> None:
     torch.manual_seed(123)
     assert changed(lambda: regtool.register(blob(20), blob(22), settings=QUICK)) == []
+
+
+def test_the_first_call_too_keeps_the_random_state() -> None:
+    """It builds networks, which begin with random weights."""
+    code = "\n".join(
+        (
+            "import torch, regtool, SimpleITK as sitk",
+            "a = sitk.GaussianSource(sitk.sitkFloat32, [40, 40], [6, 9], [20, 20], 200.0)",
+            "state = torch.manual_seed(123).get_state()",
+            "regtool.register(a, a + 1, align='none', refine=2, threads=1)",
+            "print(bool((torch.random.get_rng_state() == state).all()))",
+        )
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
 
 
 def test_learning_on_the_pair_leaves_nothing_behind() -> None:

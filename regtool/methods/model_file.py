@@ -13,6 +13,7 @@ from regtool.errors import ModelError, ParameterError, did_you_mean
 from regtool.io.models import read_card, read_tensors, write_model
 from regtool.methods import build, citation_of, names
 from regtool.methods.base import Engine
+from regtool.runtime import seeded
 
 
 def load_model(
@@ -34,7 +35,8 @@ def load_model(
             tip="upgrade regtool",
         )
     try:
-        engine = build(parameters or Parameters.model_validate(card["parameters"]), card["dimension"])
+        with seeded(0):  # the weights that it is built with are of no use
+            engine = build(parameters or Parameters.model_validate(card["parameters"]), card["dimension"])
     except (ValueError, ParameterError) as error:
         raise ModelError(
             f"{path}: its parameters are not those of this regtool: {str(error).splitlines()[0]}", tip="use the regtool version that wrote it"

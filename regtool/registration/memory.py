@@ -22,6 +22,7 @@ from regtool.methods.base import Engine
 from regtool.preprocessing.foreground import RelativeBox, grid_for_box
 from regtool.preprocessing.resolution import network_grid, prepared_voxels
 from regtool.registration.refinement import finest_metric
+from regtool.runtime import seeded
 from regtool.similarity import SIMILARITIES
 
 log = logging.getLogger("regtool")
@@ -51,7 +52,7 @@ def _activation_bytes(model: str, shape: tuple[int, ...], training: bool) -> int
 
 def _outline(parameters: Parameters, ndim: int) -> Engine:
     """The engine, untrained; no random number is used up."""
-    with torch.random.fork_rng(devices=[]):
+    with seeded(0):
         return build(parameters, ndim)
 
 

@@ -81,13 +81,15 @@ def _published(layers: list[Convolution], source: Path) -> tuple[Engine, Paramet
     """The engine whose convolutions have exactly these shapes, with these weights; and the parameters its authors used."""
     from regtool.methods import build
     from regtool.methods.voxelmorph import DECODER
+    from regtool.runtime import seeded
 
     arrays = [array for layer in layers for array in (layer.kernel, layer.bias)]
     if layers:
         arrays[-2:] = [array[::-1].copy() for array in arrays[-2:]]
     for variant, ndim in itertools.product(DECODER, sorted({layer.kernel.ndim - 2 for layer in layers})):
         parameters = _as_published(variant)
-        engine = build(parameters, ndim)
+        with seeded(0):
+            engine = build(parameters, ndim)
         weights = list(engine.state_dict().values())  # in the order in which the layers run
         if [tuple(w.shape) for w in weights] == [a.shape for a in arrays]:
             for weight, array in zip(weights, arrays, strict=True):
