@@ -139,7 +139,7 @@ def finetune_oneshot(
     with progress(reporting.quiet) as on_progress:
         report = finetune(request, adaptation.from_scratch, on_progress).report
     emit(report, _summary(report, folder), reporting.as_json)
-    return 0 if report.status == "ok" else 4
+    return report.exit_code
 
 
 def _site(request: TrainingRequest, reporting: ResultOptions) -> int:

@@ -62,7 +62,7 @@ def register(
     with progress(reporting.quiet) as on_progress:
         report = work(request, on_progress).report
     emit(report, summary(report, request.output), reporting.as_json)
-    return 0 if report.status == "ok" else 4
+    return report.exit_code
 
 
 def _stages(found: RegistrationReport | TimePoint) -> str:

@@ -30,7 +30,7 @@ def row_of(pair: PairFolder) -> dict[str, Any]:
         error = failure.error
         return row | {"status": "failed", "error": error.what, "exit_code": error.exit_code, "seconds": failure.seconds.total}
     similarity, jacobian, displacement = report.similarity, report.jacobian, report.displacement_mm
-    row |= {"status": report.status, "exit_code": 0 if report.status == "ok" else 4, "seconds": report.seconds.total}
+    row |= {"status": report.status, "exit_code": report.exit_code, "seconds": report.seconds.total}
     row |= {"similarity": similarity.name, "similarity_before": similarity.before, "similarity_after": similarity.after}
     row |= {"folding_percent": jacobian.folding_percent, "jacobian_min": jacobian.min, "jacobian_sd_log": jacobian.sd_log}
     row |= {"displacement_mm_mean": displacement.mean, "displacement_mm_max": displacement.max, "warnings": len(report.warnings)}

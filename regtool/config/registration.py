@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, field_validator
 
 from regtool.config.choices import Alignment, similarities
-from regtool.config.section import ByDimension, Section, number
+from regtool.config.section import ByDimension, Percentiles, Section, number
 from regtool.errors import did_you_mean
 
 
@@ -152,7 +152,7 @@ class Align(Section):
     levels: int = number(3, "resolutions, each half of the next", ge=1, le=8)
     min_bins: int = number(8, "of the histogram along each axis; between the two, the cube root of the number of voxels", ge=4, le=256)
     max_bins: int = number(32, "of the histogram along each axis", ge=4, le=256)
-    percentiles: tuple[float, float] = number((1.0, 99.0), "intensities beyond are cut off", unit="percent")
+    percentiles: Percentiles = number((1.0, 99.0), "intensities beyond are cut off", unit="percent")
     moving_spacing_ratio: float = number(
         0.6, "moving voxels to fixed ones; equal ones would draw the two lattices onto each other (Pluim 2000)", gt=0, le=10
     )
@@ -189,13 +189,6 @@ class Align(Section):
             raise ValueError("expected two numbers from 1")
         return value
 
-    @field_validator("percentiles")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= value[0] < value[1] <= 100:
-            raise ValueError("expected two numbers from 0 to 100, the lower one first")
-        return value
-
 
 class Modality(Section):
     """What `metric.name = "auto"` goes by: do brighter and darker mean the same in both images?"""
@@ -210,7 +203,7 @@ class Modality(Section):
     min_tissue_share: float = number(
         0.05, "of the windows that say something; where fewer see no background, those that see some count too", ge=0, le=1
     )
-    percentiles: tuple[float, float] = number((1.0, 99.0), "of each image's own intensities, between which histograms are compared", unit="percent")
+    percentiles: Percentiles = number((1.0, 99.0), "of each image's own intensities, between which histograms are compared", unit="percent")
     histogram_bins: int = number(20, "of the histograms that are compared", ge=2, le=256)
     background_bins: int = number(64, "of the histogram whose highest bin may be background", ge=2, le=4096)
     min_background_share: float = number(0.15, "of the voxels, from which on the most frequent intensity is background", ge=0, le=1)

@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from regtool.config.choices import DEVICE, LARGEST_SEED, MOST_THREADS, ImageFormat, IntensityScaling, Precision, Schedule, TimeMode
 from regtool.config.registration import Align, Guard, Metric, MetricName, Modality, Oneshot, Refine, SimilarityMetric
-from regtool.config.section import Section, number
+from regtool.config.section import Percentiles, Section, number
 
 FORMAT = 1
 
@@ -45,7 +45,7 @@ class Preprocess(Section):
     intensity: IntensityScaling = Field(
         "percentile", description="percentile: clip to `percentiles` of each image, scale to [0, 1]; minmax: scale to [0, 1]; none: as they are"
     )
-    percentiles: tuple[float, float] = Field((0.0, 99.9), description="lower and upper percentile of each image")
+    percentiles: Percentiles = Field((0.0, 99.9), description="lower and upper percentile of each image")
     top: float = Field(1.0, gt=0, description="what the upper end becomes instead of 1, for networks trained on another scale")
 
     max_quantile_samples: int = number(1_000_000, "percentiles are those of at most about so many voxels, evenly spread", unit="voxels", ge=1000)
@@ -68,13 +68,6 @@ class Preprocess(Section):
         ge=1, le=100, chosen_on="one head with known displacements, seen in slices of 5 mm and voxels of 3 mm; brains of two people",
     )  # fmt: skip
     coverage_max_voxels: int = number(60_000, "of the grid on which is asked what the moving image covers", unit="voxels", ge=64)
-
-    @field_validator("percentiles")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= value[0] < value[1] <= 100:
-            raise ValueError("expected two numbers from 0 to 100, the lower one first")
-        return value
 
 
 class TrainingSimilarity(SimilarityMetric):

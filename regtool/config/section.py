@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 ByDimension = tuple[float, float]  # a number for images (2-D) and one for volumes (3-D)
+
+
+def _in_order(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= pair[0] < pair[1] <= 100:
+        raise ValueError("expected two numbers from 0 to 100, the lower one first")
+    return pair
+
+
+Percentiles = Annotated[tuple[float, float], AfterValidator(_in_order)]
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from regtool.config.choices import module_of
+from regtool.config.choices import declaring_files, module_of
 from regtool.errors import RegtoolError
 
 log = logging.getLogger("regtool")
@@ -137,13 +137,11 @@ def _declared(kind: Kind) -> tuple[_Declared, ...]:
 def _read_declarations(folders: tuple[Path, ...]) -> tuple[_Declared, ...]:
     """By name of their files."""
     out = []
-    for file in sorted((file for folder in folders for file in folder.glob("*.py")), key=lambda file: file.name):
-        match = DECLARATION.search(file.read_text(encoding="utf-8"))
-        if match is not None:
-            try:
-                out.append(_declaration(file.stem, match[0]))
-            except (SyntaxError, ValueError) as error:  # one broken file must not break every command
-                log.warning("%s is left out: %s", file, error)
+    for file, match in declaring_files(folders, DECLARATION):
+        try:
+            out.append(_declaration(file.stem, match[0]))
+        except (SyntaxError, ValueError) as error:  # one broken file must not break every command
+            log.warning("%s is left out: %s", file, error)
     return tuple(out)
 
 

@@ -179,7 +179,7 @@ def apply_network(pair: PreparedPair, state: RegistrationState, grid: Grid) -> t
         if not bool(torch.isfinite(u).all()):
             raise InputError("the network put out NaN", tip="is the model made for such images? `regtool models verify` checks its weights")
         name = f"network pass {turn + 1}" if turn else "network"
-        state, taken = offer_field(pair, state, name, _extrapolate_to_grid(u, grid, cut), aligned, started)
+        state, taken = offer_field(pair, state, name, _extrapolate_to_grid(u, grid, cut), aligned, started, optional=turn > 0 or setup.by_default)
         if taken is None:
             break
         field, started = taken, time.perf_counter()
@@ -209,12 +209,12 @@ def refine_pair(
 
 
 def offer_field(
-    pair: PreparedPair, state: RegistrationState, name: str, field: DisplacementField, base: Transform, started: float
+    pair: PreparedPair, state: RegistrationState, name: str, field: DisplacementField, base: Transform, started: float, optional: bool = False
 ) -> tuple[RegistrationState, DisplacementField | None]:
     """The state after a field, to be applied before `base`, was repaired where it folds and offered; and the field, if it was taken.
 
     Where `base` bends too (an initial field, or that of a network before a symmetric one), what both become on the fixed voxels is repaired and
-    offered: one after the other may fold where neither does.
+    offered: one after the other may fold where neither does. optional: nobody asked for this field, so that it is no news if it is not taken.
     """
     guard = pair.setup.parameters.guard
     field, folding, note = _repaired(field, pair)
@@ -230,9 +230,7 @@ def offer_field(
     if state.stages[-1].kept:
         return state, field
     why = state.stages[-1].reason
-    further_pass, by_default = name.startswith("network pass"), name == "network" and pair.setup.by_default
-    harmless = further_pass or by_default or why.endswith(MATCH_ALREADY)
-    log.log(logging.INFO if harmless else logging.WARNING, "%s%s was rolled back: %s", pair.setup.whose, name, why)
+    log.log(logging.INFO if optional or why.endswith(MATCH_ALREADY) else logging.WARNING, "%s%s was rolled back: %s", pair.setup.whose, name, why)
     return state, None
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, WithJsonSchema, model_serializer
 
+from regtool.errors import EXIT_OK, EXIT_QUALITY
+
 FORMAT: Final = 1  # of every report; to be raised where a key is renamed, taken away or means something else
 REPORT, FAILED, IDENTITY = "report.json", "failed.json", "cohort.json"
 
@@ -315,6 +317,11 @@ class RegistrationReport(Versioned):
     folder: str | None = Field(None, description="where the outputs are, absolute")
     id: str | None = Field(None, description="of the pair of a cohort")
     inputs: dict[str, InputStamp] | None = Field(None, description="of the pair of a cohort, by role: fixed, moving, fixed_labels, ...")
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        return EXIT_OK if self.status == "ok" else EXIT_QUALITY
 
 
 # --- a run that failed ----------

@@ -41,7 +41,7 @@ def perform(task: Task, resolver: Resolver) -> Answer:
         pair.finish(report, stamps)
     except Exception as error:
         return failed_answer(task.id, error)
-    return Answer(id=task.id, status=report.status, exit_code=0 if report.status == "ok" else 4)
+    return Answer(id=task.id, status=report.status, exit_code=report.exit_code)
 
 
 def serve() -> None:
