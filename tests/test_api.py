@@ -78,6 +78,20 @@ def test_the_inverse_goes_back(found: regtool.Registration) -> None:
     np.testing.assert_allclose(regtool.warp_points(there, regtool.transform.invert(found).transform), points, atol=0.05)
 
 
+def test_points_of_a_file_are_moved_once_as_the_command_moves_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, out = tmp_path / "p.csv", tmp_path / "out.csv"
+    file.write_text("x,y,z\n1,2,0\n3,4,0\n", encoding="utf-8")  # a third column of zeros is no third dimension
+    shift = sitk.TranslationTransform(2, (1.0, -0.5))
+    expected = [[2.0, 1.5], [4.0, 3.5]]
+    np.testing.assert_allclose(regtool.warp_points(file, shift), expected)
+    np.testing.assert_allclose(regtool.warp_points(file, shift, output=out), expected)
+    np.testing.assert_allclose(np.loadtxt(out, delimiter=",", skiprows=1), [[2.0, 1.5, 0.0], [4.0, 3.5, 0.0]])
+    y, x = np.mgrid[:8, :8]
+    to_one_point = regtool.Image(np.stack([9.0 - x, 9.0 - y], axis=-1), (1, 1), vector=True)
+    regtool.warp_points(file, to_one_point, origin="moving", output=out, overwrite=True)
+    assert caplog.text.count("have no exact inverse") == 1
+
+
 def test_warp_gives_what_register_gave(found: regtool.Registration, tmp_path: Path) -> None:
     warped = regtool.warp(blob(22), found, output=tmp_path / "w.nii.gz")
     np.testing.assert_array_equal(warped.to_numpy(), found.warped.to_numpy())

@@ -236,7 +236,7 @@ def warp_points(
     from regtool.io.files import refuse_existing
     from regtool.io.images import read_grid
     from regtool.io.points import check_points_writable, read_points, to_lps, write_points
-    from regtool.workflows.warp import warp_coordinates
+    from regtool.workflows.warp import read_transforms, warp_coordinates
     from regtool.workflows.warp import warp_points as work
 
     chain = transforms_of("transform", transform)
@@ -244,9 +244,9 @@ def warp_points(
     source, path = points_of("points", points), path_of(output)
     if isinstance(source, Path):
         if path is not None:
-            work([source], chain, path, origin=origin, space=space, overwrite=overwrite, **grids)
-        grid = None if grids["like"] is None else read_grid(grids["like"])
-        return warp_coordinates(read_points(source, space, grid).points, chain, origin=origin)
+            return work([source], chain, path, origin=origin, space=space, overwrite=overwrite, **grids).moved[0]
+        grid, known = None if grids["like"] is None else read_grid(grids["like"]), read_transforms(chain)
+        return warp_coordinates(read_points(source, space, grid, known.ndim).points, [known], origin=origin)
     if path is not None:
         check_points_writable(path)
         refuse_existing([path], overwrite)

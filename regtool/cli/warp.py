@@ -109,8 +109,9 @@ def warp(
     with computing(place.threads):
         if all(points):
             moved = warp_points(inputs, transform, output, like=like, overwrite=reporting.overwrite, **vars(of_points))
-            result = {"outputs": [str(p) for p in moved.outputs], "points": list(moved.counts), "from": of_points.origin}
-            table = [("points", f"{sum(moved.counts)} from {of_points.origin} space")]
+            counts = [len(points) for points in moved.moved]
+            result = {"outputs": [str(p) for p in moved.outputs], "points": counts, "from": of_points.origin}
+            table = [("points", f"{sum(counts)} from {of_points.origin} space")]
             if moved.residual_mm is not None:
                 result["residual_mm"] = dict(zip(("mean", "max"), moved.residual_mm, strict=True))
                 table.append(("inverse residual", f"{moved.residual_mm[0]:.2g} mm mean, {moved.residual_mm[1]:.2g} mm largest"))

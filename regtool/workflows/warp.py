@@ -43,10 +43,12 @@ class WarpedImages:
 
 @dataclass(frozen=True)
 class WarpedPoints:
-    """outputs, counts: one a point file. residual_mm: (mean, max) distance of T(inverse(y)) from y, None where nothing was inverted."""
+    """outputs: one a point file; moved: the points of each, (P, D) mm LPS. residual_mm: (mean, max) distance of T(inverse(y)) from y, None where
+    nothing was inverted.
+    """
 
     outputs: tuple[Path, ...]
-    counts: tuple[int, ...]
+    moved: tuple[Array, ...]
     residual_mm: tuple[float, float] | None
     seconds: float
 
@@ -153,10 +155,9 @@ def warp_points(
         residuals.append(residual)
         return moved
 
-    moved = [map_points(a, b, move, transform.ndim, space, grid, out_grid) for a, b in zip(points, outputs, strict=True)]
-    counts = tuple(len(m.points) for m in moved)
+    moved = tuple(map_points(a, b, move, transform.ndim, space, grid, out_grid).points for a, b in zip(points, outputs, strict=True))
     missed = _missed(np.concatenate(residuals)) if origin == "moving" else None
-    return WarpedPoints(tuple(outputs), counts, missed, time.perf_counter() - start)
+    return WarpedPoints(tuple(outputs), moved, missed, time.perf_counter() - start)
 
 
 def warp_coordinates(
