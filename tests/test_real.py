@@ -71,7 +71,7 @@ PAIRS = {
 def test_register_a_real_pair(tmp_path: Path, name: str) -> None:
     fixed, moving = (DATA / p for p in PAIRS[name])
     quick = ("--refine", "10", "--set", "refine.max_voxels=100000", "--set", "grid.max_voxels=40000", "-q")
-    assert run("register", fixed, moving, "-o", tmp_path / "out", quick) == 0
+    assert run("register", fixed, moving, "-o", tmp_path / "out", *quick) == 0
     check_with_sitk_alone(fixed, moving, tmp_path / "out")
 
 

@@ -580,7 +580,8 @@ def test_an_average_head_with_its_brain_mask_is_found_as_without(side: str) -> N
     """The brain alone leads away, 20 mm and more; from the place of the whole heads it does not."""
     head, average, mask = (read_image(DATA / "native_to_mni" / name) for name in ("T1w2mm.nii.gz", "avg152T1.nii.gz", "avg152T1_brain_mask.nii.gz"))
     images = (average, head) if side == "fixed" else (head, average)
-    whole, brain = align(*images, "auto", Transform.identity(3)), align(*images, "auto", Transform.identity(3), **{f"{side}_mask": mask})
+    masks = (mask, None) if side == "fixed" else (None, mask)
+    whole, brain = (align(*images, "auto", Transform.identity(3), *m) for m in ((), masks))
     points = mask.grid.to_physical(mask.data[0].nonzero().numpy()[::97, ::-1].astype(float))
     if side == "moving":
         points = transform_points(through(whole.affine.inverse()), points)
