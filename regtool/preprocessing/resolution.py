@@ -16,6 +16,10 @@ from regtool.geometry.images import Image
 from regtool.geometry.sampling import transform_points
 from regtool.geometry.transforms import Affine, Transform
 
+VOXEL_VARIANCE = 0.18  # voxels squared, of a Gaussian that is as wide as a voxel at half its height: 1 / (8 ln 2) (Cardoso 2015)
+THICK_VARIANCE = 0.35  # of a slice, in thicknesses squared: twice that of a Gaussian, since what is seen between two slices is interpolated
+COARSER = 1.2  # voxels so many times as wide hardly alias: images are left as they are
+
 
 def network_grid(fixed: Grid, parameters: GridParameters, max_voxels: int | None = None) -> Grid:
     """The grid the network works on: the fixed image's block of space at the wanted spacing or size, its finest axes coarsened to `max_voxels`."""
@@ -57,15 +61,15 @@ def needs_no_resampling(own: Grid, transform: Transform, grid: Grid) -> bool:
 
 
 def antialiased(image: Image, grid: Grid, least: Sequence[float] = ()) -> Image:
-    """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = 0.18 (ratio^2 - 1) voxels.
+    """Gaussian smoothing along the axes on which `grid` is coarser, so that resampling does not alias: sigma^2 = VOXEL_VARIANCE (ratio^2 - 1).
 
     least: mm along each axis of the image, as wide as voxels are taken to be at least; left out: as those of `grid`.
     """
     data, size, spacing = image.data, list(image.grid.size), list(image.grid.spacing)
     for component, (ratio, stride) in enumerate(zip(*_coarsening(image.grid, grid), strict=True)):
-        variance = 0.18 * (ratio**2 - 1) if ratio > 1.2 else 0.0
+        variance = VOXEL_VARIANCE * (ratio**2 - 1) if ratio > COARSER else 0.0
         if least and least[component] > 0:
-            variance = max(variance, 0.35 * (least[component] / image.grid.spacing[component]) ** 2 - 0.18)
+            variance = max(variance, THICK_VARIANCE * (least[component] / image.grid.spacing[component]) ** 2 - VOXEL_VARIANCE)
         if variance > 0:
             data = _blurred(data, data.dim() - 1 - component, math.sqrt(variance), stride)
             size[component], spacing[component] = data.shape[data.dim() - 1 - component], spacing[component] * stride
@@ -80,7 +84,7 @@ def prepared_voxels(own: Grid, grid: Grid) -> int:
 def _coarsening(own: Grid, grid: Grid) -> tuple[list[float], list[int]]:
     """Along each axis of `own`: voxels in one of `grid`, and every how manieth is kept, which is still twice as fine as the grid."""
     ratios = (_reach(own.rotation.T @ grid.rotation, grid) / np.array(own.spacing)).tolist()
-    return ratios, [max(1, int(ratio / 2)) if ratio > 1.2 else 1 for ratio in ratios]
+    return ratios, [max(1, int(ratio / 2)) if ratio > COARSER else 1 for ratio in ratios]
 
 
 def _reach(directions: Array, grid: Grid) -> Array:

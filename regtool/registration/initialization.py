@@ -161,7 +161,7 @@ def _best_starts(level: Level, straight: list[Affine], elsewhere: list[Affine], 
     """
     numbers = level.numbers
     near, turned = (
-        [_affine_through(m, *level.centres, initial) for m in some if np.allclose(np.abs(m @ level.normals), np.abs(level.normals), rtol=0.3)]
+        [_affine_through(m, *level.centres, initial) for m in _within_the_slice(some, level)]
         for some in (_nearby(initial.ndim, rigid, numbers), _right_angles(initial.ndim))
     )
     starts: list[Affine] = []
@@ -263,6 +263,15 @@ def _affine_through(matrix: Array, from_point: Array, to_point: Array, initial: 
     """The affine with that matrix for which `initial(affine(from)) = to`."""
     target = np.linalg.lstsq(initial.matrix, to_point - initial.translation, rcond=None)[0]
     return Affine(matrix, target - matrix @ from_point)
+
+
+def _within_the_slice(matrices: list[Array], level: Level) -> list[Array]:
+    """Of a moving image of one slice: those that leave the slice in its plane, about its own axes; else all as they are."""
+    if not level.normals.size:
+        return matrices
+    frame = level.grid.rotation
+    turned = [frame @ m @ frame.T for m in matrices]
+    return [m for m in turned if np.allclose(np.linalg.norm(level.normals.T @ m @ level.normals), np.linalg.norm(m @ level.normals))]
 
 
 def _best(level: Level, starts: list[Affine], initial: Affine) -> Affine:

@@ -373,20 +373,24 @@ def test_masks_on_grids_of_their_own(ndim: int) -> None:
     assert distance(align(fixed, moving, "rigid", Transform.identity(ndim), mask).affine, truth) < 0.5
 
 
-def test_thin_axes() -> None:
-    """One slice, as a volume of one voxel along z: turned and shifted in its plane, and left in it."""
-    truth = mapping(2, "rigid")
-    flat = pair(2, "aligned", truth)
+@pytest.mark.parametrize("tilt", [0.0, 0.05, 35.0])
+@pytest.mark.parametrize("degrees", [12.0, 100.0])
+def test_thin_axes(tilt: float, degrees: float) -> None:
+    """One slice, as a volume of one voxel along its third axis: turned and shifted in its plane, however that lies, and left in it."""
+    turn = Affine(rotation(2, degrees), np.array([9.0, -6.0]))
+    flat = pair(2, "aligned", turn)
+    frame = rotation(3, tilt)
     thick = []
     for image in flat:
         g = image.grid
         d = np.eye(3)
         d[:2, :2] = g.rotation
-        thick.append(Image(image.data[:, None], Grid((*g.size, 1), (*g.spacing, 5.0), (*g.origin, 0.0), tuple(d.ravel().tolist()))))
+        origin = frame @ [*g.origin, 0.0]
+        thick.append(Image(image.data[:, None], Grid((*g.size, 1), (*g.spacing, 5.0), tuple(origin.tolist()), tuple((frame @ d).ravel().tolist()))))
     found = align(thick[0], thick[1], "rigid", Transform.identity(3)).affine
     expected = np.eye(3)
-    expected[:2, :2] = truth.matrix
-    assert distance(found, Affine(expected, np.array([*truth.translation, 0.0])), 20.0) < 1.0
+    expected[:2, :2] = turn.matrix
+    assert distance(found, Affine(frame @ expected @ frame.T, frame @ [*turn.translation, 0.0]), 20.0) < 1.0
 
 
 def test_constant_margins_do_not_matter(ndim: int) -> None:

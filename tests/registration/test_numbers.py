@@ -14,15 +14,24 @@ from regtool.config.section import Section
 FOLDER = Path(__file__).resolve().parents[2] / "regtool" / "registration"
 # memory.py counts bytes that were measured: they decide nothing but how much fits
 FILES = sorted(file for file in FOLDER.glob("*.py") if file.name not in ("__init__.py", "memory.py"))
-# counting, halving and doubling, formulas written out, percent, and rounding guards
-FREE = {0, 1, 2, 3, 4, 5, 6, 8, 20, 50, 100, 0.5, 1.5, 1e-9, 1e-12, 1e-6, 0.25, 0.3, 1.05}
+# counting, halves and quarters in formulas written out, percent, and guards of a division by zero
+FREE = {0, 1, 2, 3, 4, 6, 8, 100, 0.5, 1e-9, 1e-12, 1e-6}
+# what else stands in the code, and why nobody would set it
+DECIDES_NOTHING = {
+    ("adaptation.py", 50): "how often whoever watches is told of the similarity",
+    ("affine.py", 0.25): "rounding: a block of so much less than another voxel is left as it is",
+    ("affine.py", 1.05): "how finely the spacing is sought at which `max_shifts` fit",
+    ("modality.py", 1.5): "a bin of the histogram and its two neighbours",
+    ("modality.py", 5): "an index: the sixth of six sums",
+    ("pipeline.py", 20): "points along each axis by which the overlap of two fields of view is seen",
+}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_no_bare_numbers(file: Path) -> None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     numbers = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, int | float) and not isinstance(n.value, bool)]
-    tuned = [f"line {n.lineno}: {n.value}" for n in numbers if n.value not in FREE]
+    tuned = [f"line {n.lineno}: {n.value}" for n in numbers if n.value not in FREE and (file.name, n.value) not in DECIDES_NOTHING]
     assert not tuned
     constants = [
         f"line {node.lineno}: {ast.unparse(node)}"
